@@ -1,0 +1,114 @@
+"""Every check of the project: `uvx nox` lists them. Needs uv; each session has an environment of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv"
+nox.options.sessions = ["lint", "types", "tests", "packages"]
+
+PACKAGES = ("core", "quant", "gaussian", "generation", "eval")
+# What a distribution's own tests need beside pytest: extras of core that the package does not require itself.
+EXTRAS = {"core": "[train,test]", "eval": "[pipeline]"}
+TEST_NEEDS = ("pytest>=8.3", "hypothesis>=6.100", "pytest-benchmark>=5.1")
+
+
+def sync(session: nox.Session, *arguments: str) -> None:
+    """Make the session's environment the locked workspace."""
+    session.run_install(
+        "uv", "sync", "--quiet", *arguments, env={"UV_PROJECT_ENVIRONMENT": session.virtualenv.location}
+    )
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests of the workspace; arguments go to pytest, e.g. `-- -m "not slow"`."""
+    sync(session, "--all-packages", "--all-extras", "--group", "test")
+    session.run("pytest", "-m", "not gpu", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, spelling, and who may import whom."""
+    sync(session, "--all-packages", "--group", "lint")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("codespell")
+    session.run("lint-imports")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Mypy, strict, over packages and examples."""
+    sync(session, "--all-packages", "--all-extras", "--group", "types", "--group", "test")
+    for package in PACKAGES:
+        session.run("mypy", "-p", f"smalti.{package}")
+    session.run("mypy", "-p", "smalti_example_tokenizer")
+
+
+@nox.session
+@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+def packages(session: nox.Session, package: str) -> None:
+    """Build the wheels, install one distribution with what it declares, run its own tests outside the tree."""
+    wheels = Path(session.create_tmp()) / "wheels"
+    shutil.rmtree(wheels, ignore_errors=True)
+    for name in {"core", package}:
+        session.run_install("uv", "build", "--quiet", "--wheel", f"packages/{name}", "--out-dir", str(wheels))
+    constraints = Path(session.create_tmp()) / "constraints.txt"
+    project = nox.project.load_toml("pyproject.toml")
+    constraints.write_text("\n".join(project["tool"]["uv"]["constraint-dependencies"]) + "\n")
+    (wheel,) = wheels.glob(f"smalti_{package}-*.whl")
+    core = wheels.glob("smalti_core-*.whl")
+    session.install(
+        f"smalti-{package}{EXTRAS.get(package, '')} @ {wheel.resolve().as_uri()}",
+        *(f"smalti-core @ {path.resolve().as_uri()}" for path in core if package != "core"),
+        *TEST_NEEDS,
+        "--constraint",
+        str(constraints),
+    )
+    outside = Path(session.create_tmp()) / "outside"
+    shutil.rmtree(outside, ignore_errors=True)
+    shutil.copytree(Path("packages") / package, outside, ignore=shutil.ignore_patterns("src", "__pycache__"))
+    config = Path("pyproject.toml").resolve()
+    with session.chdir(outside):
+        installed = session.run(
+            "python", "-c", f"import smalti.{package} as package; print(package.__file__)", silent=True
+        )
+        if "site-packages" not in str(installed):
+            session.error(f"smalti.{package} was imported from the source tree: {installed}")
+        session.run("pytest", "-c", str(config), "--rootdir", ".", "-m", "not gpu", "tests", *session.posargs)
+
+
+@nox.session
+def benchmark(session: nox.Session) -> None:
+    """Every hot path against a peer in the same run; ratios go to benchmarks.json."""
+    sync(session, "--all-packages", "--all-extras", "--group", "test")
+    raw = Path(session.create_tmp()) / "raw.json"
+    session.run(
+        "pytest", *(f"packages/{name}/benchmarks" for name in PACKAGES), f"--benchmark-json={raw}", *session.posargs
+    )
+    content = json.loads(raw.read_text())
+    ratios = {one["name"]: one["extra_info"] for one in content["benchmarks"] if one["extra_info"]}
+    target = Path("benchmarks.json")
+    target.write_text(json.dumps({"machine": content["machine_info"]["cpu"], "ratios": ratios}, indent=2) + "\n")
+    session.log(f"wrote {target}")
+
+
+@nox.session
+def quickstart(session: nox.Session) -> None:
+    """The README's first command, at full size, into runs/quickstart."""
+    sync(session)
+    session.run("smalti", "quickstart", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def gpu(session: nox.Session) -> None:
+    """Tests marked `gpu`, in the current interpreter, which must have torch with CUDA and the packages' needs."""
+    paths = os.pathsep.join(str(Path("packages", name, "src").resolve()) for name in PACKAGES)
+    session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs, env={"PYTHONPATH": paths})

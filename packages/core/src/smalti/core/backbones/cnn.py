@@ -1,0 +1,158 @@
+"""A plain residual CNN between images and a latent grid.
+
+Legend: B batch, C image channels, H W pixels, f downsampling factor. Latents are channel-last, `(B, H/f, W/f, width)`.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from smalti.core.contracts import Decoder, Encoder, check_images
+from smalti.core.errors import UserError
+from smalti.core.options import DecoderOptions, EncoderOptions
+
+Widths = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+
+
+def _check_groups(widths: tuple[int, ...], groups: int) -> None:
+    for width in widths:
+        if width % groups:
+            raise ValueError(f"width {width} cannot be divided into {groups} normalisation groups")
+
+
+class CNNEncoderOptions(EncoderOptions):
+    """Options of `CNNEncoder`.
+
+    Args:
+        widths: channels of each level; every level halves the resolution first.
+        blocks: residual blocks of a level.
+        groups: of the group normalisation.
+    """
+
+    name: Literal["cnn"] = "cnn"
+    widths: Widths = (32, 64)
+    blocks: Annotated[int, Field(ge=0)] = 2
+    groups: Annotated[int, Field(ge=1)] = 8
+
+    @model_validator(mode="after")
+    def _divisible(self) -> CNNEncoderOptions:
+        _check_groups(self.widths, self.groups)
+        return self
+
+    def build(self, channels: int) -> CNNEncoder:
+        """Build it for images of `channels` channels."""
+        return CNNEncoder(self, channels)
+
+
+class CNNDecoderOptions(DecoderOptions):
+    """Options of `CNNDecoder`.
+
+    Args:
+        widths: channels of each level, in the order of the encoder's; every level ends by doubling the resolution.
+        blocks: residual blocks of a level.
+        groups: of the group normalisation.
+    """
+
+    name: Literal["cnn"] = "cnn"
+    widths: Widths = (32, 64)
+    blocks: Annotated[int, Field(ge=0)] = 2
+    groups: Annotated[int, Field(ge=1)] = 8
+
+    @model_validator(mode="after")
+    def _divisible(self) -> CNNDecoderOptions:
+        _check_groups(self.widths, self.groups)
+        return self
+
+    def build(self, channels: int) -> CNNDecoder:
+        """Build it for images of `channels` channels."""
+        return CNNDecoder(self, channels)
+
+
+class ResidualBlock(nn.Module):
+    """`x + conv(act(norm(conv(act(norm(x))))))`, 3 x 3, group normalisation and SiLU; starts as the identity."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        last = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(last.weight)
+        assert last.bias is not None
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(
+            nn.GroupNorm(groups, width),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GroupNorm(groups, width),
+            nn.SiLU(),
+            last,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, width, h, w)` to the same."""
+        y: Tensor = x + self.layers(x)
+        return y
+
+
+class CNNEncoder(Encoder):
+    """Convolutions 4 x 4 of stride 2, each followed by residual blocks; f = 2 ** levels."""
+
+    def __init__(self, options: CNNEncoderOptions, channels: int) -> None:
+        super().__init__()
+        self.options: CNNEncoderOptions = options
+        self.channels = channels
+        self.width = options.widths[-1]
+        self.factor = 2 ** len(options.widths)
+        layers: list[nn.Module] = []
+        for before, width in pairwise((channels, *options.widths)):
+            layers.append(nn.Conv2d(before, width, 4, stride=2, padding=1))
+            layers += [ResidualBlock(width, options.groups) for _ in range(options.blocks)]
+        self.layers = nn.Sequential(*layers, nn.GroupNorm(options.groups, self.width), nn.SiLU())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` to `(B, H/f, W/f, width)`."""
+        check_images(images, self.channels)
+        self.latent_space((images.shape[2], images.shape[3]))
+        latent: Tensor = self.layers(images)
+        return latent.permute(0, 2, 3, 1)
+
+    def latent_space(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+        """`(H/f, W/f)`."""
+        if any(size % self.factor or size < 1 for size in image_size):
+            raise UserError(
+                f"an image of {image_size[0]}x{image_size[1]} cannot be encoded: both sides must be multiples "
+                f"of {self.factor}"
+            )
+        return image_size[0] // self.factor, image_size[1] // self.factor
+
+
+class CNNDecoder(Decoder):
+    """Residual blocks, each level followed by a pixel shuffle (Shi et al. 2016) that doubles the resolution."""
+
+    def __init__(self, options: CNNDecoderOptions, channels: int) -> None:
+        super().__init__()
+        self.options: CNNDecoderOptions = options
+        self.width = options.widths[-1]
+        layers: list[nn.Module] = [nn.Conv2d(self.width, self.width, 3, padding=1)]
+        for width, after in pairwise((*reversed(options.widths), None)):
+            assert width is not None
+            layers += [ResidualBlock(width, options.groups) for _ in range(options.blocks)]
+            if after is not None:
+                layers += [nn.Conv2d(width, 4 * after, 1), nn.PixelShuffle(2)]
+        first = options.widths[0]
+        self.layers = nn.Sequential(
+            *layers,
+            nn.GroupNorm(options.groups, first),
+            nn.SiLU(),
+            nn.Conv2d(first, 4 * channels, 3, padding=1),
+            nn.PixelShuffle(2),
+        )
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Latent `(B, h, w, width)` to images `(B, C, f h, f w)`."""
+        if latent.ndim != 4 or latent.shape[-1] != self.width:
+            raise UserError(f"the cnn decoder takes a latent (B, h, w, {self.width}), got {tuple(latent.shape)}")
+        images: Tensor = self.layers(latent.permute(0, 3, 1, 2))
+        return images

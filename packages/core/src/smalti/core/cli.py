@@ -1,0 +1,210 @@
+"""The command line. Nothing here imports torch before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from smalti.core.errors import UserError
+from smalti.core.plugins import PluginWarning, registry
+
+app = typer.Typer(
+    name="smalti",
+    help="Image generation with discrete tokens, from images to evaluated samples.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+train = typer.Typer(help="Train a tokenizer, or a generator on its tokens.", no_args_is_help=True)
+app.add_typer(train, name="train")
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A name that `smalti recipes` lists, a YAML file, or a run folder."),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[PATH=VALUE]...", help="Options of the recipe, by dotted path.")
+]
+Out = Annotated[Path | None, typer.Option(help="The run folder.", show_default="runs/<recipe>")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+Seed = Annotated[int | None, typer.Option(help="The recipe's seed.", show_default="the recipe's")]
+Force = Annotated[bool, typer.Option("--force", help="Redo what depends on a changed recipe.")]
+
+
+@app.callback()
+def options(
+    *,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a user's mistake.")] = False,
+) -> None:
+    """Take what all commands share; `main` reads `--debug` from the arguments."""
+
+
+def _add_command(group: typer.Typer, name: str, summary: str, stage: str | None = None) -> None:
+    """Add a command that runs one stage of a recipe, or all of them, in its run folder."""
+
+    def command(
+        recipe: RecipeArgument,
+        overrides: Overrides = None,
+        out: Out = None,
+        device: Device = "auto",
+        seed: Seed = None,
+        force: Force = False,
+    ) -> None:
+        _run(recipe, overrides, out, device, seed, force=force, stage=stage)
+
+    group.command(name, help=summary)(command)
+
+
+_add_command(app, "run", "Run all stages of a recipe; what is done and unchanged is skipped.")
+_add_command(train, "tokenizer", "Train the recipe's tokenizer on its images.", "train-tokenizer")
+_add_command(app, "tokenize", "Turn the training images into token shards.", "tokenize")
+_add_command(train, "generator", "Train the recipe's generator on the token shards.", "train-generator")
+_add_command(app, "sample", "Draw images of all classes.", "sample")
+_add_command(app, "evaluate", "Measure reconstructions and samples, and write the report.", "evaluate")
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    out: Out = None,
+    device: Device = "auto",
+    seed: Seed = None,
+    force: Force = False,
+) -> None:
+    """Do the main job on embedded data: images to tokens to new images, with a report."""
+    folder = _run("quickstart", overrides, out, device, seed, force=force)
+    if folder is not None:
+        summary = json.loads((folder / "summary.json").read_text())
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in summary.items())
+        typer.echo(f"{figures}\nsamples: {folder / 'samples' / 'grid.png'}\nreport:  {folder / 'report.html'}")
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that are installed."""
+    import yaml
+
+    from smalti.core.recipe import shipped_recipes
+
+    for path in shipped_recipes():
+        content = yaml.safe_load(path.read_text())
+        typer.echo(
+            f"{path.stem:24} {content['summary']}" + (f" ({source})" if (source := content.get("source")) else "")
+        )
+
+
+@app.command()
+def plugins(
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 if a plugin is broken or a name is taken twice.")
+    ] = False,
+) -> None:
+    """List what is installed: kind, name, distribution, version, status."""
+    found = registry().plugins()
+    duplicates = registry().duplicates()
+    if as_json:
+        content = [
+            {
+                "plugin": plugin.name,
+                "distribution": plugin.distribution,
+                "version": plugin.version,
+                "status": plugin.status,
+                "error": plugin.error,
+                "components": [
+                    {"kind": component.kind, "name": component.name, "summary": component.summary}
+                    for component in plugin.components
+                ],
+            }
+            for plugin in found
+        ]
+        typer.echo(json.dumps(content, indent=2))
+    else:
+        for plugin in found:
+            typer.echo(
+                f"{plugin.distribution} {plugin.version}: {plugin.status}"
+                + (f", {plugin.error}" if plugin.error else "")
+            )
+            for component in plugin.components:
+                typer.echo(f"  {component.kind:14} {component.name:20} {component.summary}")
+        for sentence in duplicates:
+            typer.echo(f"registered twice: {sentence}")
+    if check and (duplicates or any(plugin.status == "failed" for plugin in found)):
+        raise typer.Exit(1)
+
+
+def _run(
+    source: str,
+    overrides: list[str] | None,
+    out: Path | None,
+    device: str,
+    seed: int | None,
+    *,
+    force: bool,
+    stage: str | None = None,
+) -> Path | None:
+    """Run one stage of a recipe, or all of them; return the run folder, on the first process only."""
+    from smalti.core.recipe import load_recipe
+    from smalti.core.run_folder import RunFolder
+
+    changes = [*(overrides or []), *([] if seed is None else [f"seed={seed}"])]
+    recipe = load_recipe(source, changes)
+    if out is None:
+        out = Path(source) if Path(source).is_dir() else Path("runs") / recipe.name
+    folder = RunFolder(out)
+
+    from smalti.core import distributed
+    from smalti.core.pipeline import Pipeline
+    from smalti.core.progress import Reporter
+    from smalti.core.stage import Context
+
+    device = distributed.device_name(device)
+    distributed.initialise(device)
+    try:
+        first = distributed.rank() == 0
+        with folder.locked(first=first):
+            if first:
+                folder.prepare(recipe, force=force)
+            distributed.barrier()
+            context = Context(folder, recipe, device, Reporter(quiet=not first))
+            Pipeline(context).run([stage] if stage else None)
+        return out if first else None
+    finally:
+        distributed.finish()
+
+
+def main() -> None:
+    """The entry point: a user's mistake is one line on standard error and exit code 2."""
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"smalti: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("smalti: interrupted; the same command goes on from here", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: str | None = None,
+) -> None:
+    """One line for a broken plugin; Python's form for all else."""
+    if issubclass(category, PluginWarning):
+        text = f"smalti: warning: {message}\n"
+    else:
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+    sys.stderr.write(text)

@@ -1,0 +1,251 @@
+"""The contracts through which the parts of smalti meet.
+
+Legend: B batch, C channels, H W pixels, h w latent grid, L token positions, S streams, D latent width,
+K codes of a stream. Images are float tensors `(B, C, H, W)` in [-1, 1]; latents are channel-last,
+`(B, *space, D)`; tokens are int64 `(B, L, S)`, also for S = 1. Every dictionary of losses holds terms that
+are already weighted: their sum is what training minimises.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from smalti.core.errors import UserError
+from smalti.core.layout import TokenLayout
+from smalti.core.options import (
+    DecoderOptions,
+    EncoderOptions,
+    GeneratorOptions,
+    Options,
+    Preprocessing,
+    QuantizerOptions,
+    Slot,
+    TokenizerOptions,
+)
+from smalti.core.sampling_settings import SamplingSettings
+from smalti.core.weights import Pretrained, validated
+
+
+class Quantized(NamedTuple):
+    """What a quantizer makes of a latent.
+
+    `latent` `(B, *space, D)` carries gradients to the input by the quantizer's estimator; `tokens` is
+    `(B, L, S)`; `losses` are scalar terms, weighted, empty in evaluation mode.
+    """
+
+    latent: Tensor
+    tokens: Tensor
+    losses: dict[str, Tensor]
+
+
+class Quantizer(nn.Module, ABC):
+    """Latents to tokens and back.
+
+    `decode(tokens, space)` returns exactly the `latent` that `forward` gave for these tokens in evaluation
+    mode. Search and updates run in float32 under autocast; statistics are all-reduced, so that replicas
+    never diverge; without training mode nothing is updated.
+
+    Attributes:
+        options: what it was built from.
+        dim: D, the latent width it takes.
+        vocab: K of each stream.
+    """
+
+    options: QuantizerOptions
+    dim: int
+    vocab: tuple[int, ...]
+
+    @abstractmethod
+    def forward(self, latent: Tensor) -> Quantized:
+        """Quantize `(B, *space, D)`."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor, space: tuple[int, ...]) -> Tensor:
+        """Tokens `(B, L, S)` to the latent `(B, *space, D)`."""
+
+    def layout(self, space: tuple[int, ...]) -> TokenLayout:
+        """The layout of tokens over a latent of `space`: a grid for two axes, a sequence for one."""
+        if len(space) == 1:
+            return TokenLayout.sequence(space[0], self.vocab)
+        if len(space) == 2:
+            return TokenLayout.grid(space[0], space[1], self.vocab)
+        raise UserError(f"a latent has one or two axes of space, got {space}")
+
+
+class Encoder(nn.Module, ABC):
+    """Images `(B, C, H, W)` in [-1, 1] to a latent `(B, *space, width)`."""
+
+    options: EncoderOptions
+    width: int
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode."""
+
+    @abstractmethod
+    def latent_space(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+        """The `space` of the latent of an image of `(H, W)`; a `UserError` where that size cannot be taken."""
+
+
+class Decoder(nn.Module, ABC):
+    """A latent `(B, *space, width)` to images `(B, C, H, W)`, about [-1, 1], not clamped."""
+
+    options: DecoderOptions
+    width: int
+
+    @abstractmethod
+    def forward(self, latent: Tensor) -> Tensor:
+        """Decode."""
+
+
+@dataclass(frozen=True)
+class TokenizerOutput:
+    """What a tokenizer makes of images in training.
+
+    `images` `(B, C, H, W)` are the reconstructions with gradients; `tokens` `(B, L, S)`; `losses` weighted
+    scalar terms of the quantizer; `features` whatever further losses need, by name.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    losses: dict[str, Tensor]
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Tokenizer(nn.Module, Pretrained, ABC):
+    """Images to tokens and back. Subclass it, or compose one from encoder, quantizer and decoder."""
+
+    kind = "tokenizer"
+    options: TokenizerOptions
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How image files become the tensors it was trained on."""
+        return self.options.preprocessing
+
+    @abstractmethod
+    def layout(self, image_size: tuple[int, int] | None = None) -> TokenLayout:
+        """The layout of the tokens of an image of `(H, W)`, by default of the preprocessing's size."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` in [-1, 1] to tokens `(B, L, S)`."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor, layout: TokenLayout | None = None) -> Tensor:
+        """Tokens `(B, L, S)` to images in [-1, 1], clamped; `layout` where it is not the default one."""
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> TokenizerOutput:
+        """Encode, quantize and decode, with losses."""
+
+    def config(self) -> dict[str, Any]:
+        """What `config.json` holds beside the weights."""
+        return {"kind": self.kind, "options": self.options.model_dump(mode="json")}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Build it from what `config()` gave."""
+        return validated(_TokenizerConfig, config).options.build()  # type: ignore[return-value]
+
+
+class Generator(nn.Module, Pretrained, ABC):
+    """Draws the tokens of an image of a class.
+
+    Attributes:
+        options: what it was built from.
+        token_layout: the layout of the tokens it models.
+        classes: labels lie in `[0, classes)`.
+    """
+
+    kind = "generator"
+    options: GeneratorOptions
+
+    def __init__(self, options: GeneratorOptions, layout: TokenLayout, classes: int) -> None:
+        super().__init__()
+        reason = options.supports(layout)
+        if reason is not None:
+            raise UserError(f"generator {options.name!r} cannot take the layout {layout}: {reason}")
+        if classes < 1:
+            raise UserError(f"a generator needs at least one class, got {classes}")
+        self.options = options
+        self.token_layout = layout
+        self.classes = classes
+
+    @abstractmethod
+    def loss(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Weighted terms for tokens `(B, L, S)` of images with labels `(B,)`."""
+
+    @abstractmethod
+    def sample(self, labels: Tensor, settings: SamplingSettings, indices: Tensor | None = None) -> Tensor:
+        """Draw tokens `(B, L, S)` for labels `(B,)`.
+
+        `indices` `(B,)` number the samples within the whole run (default 0, 1, ...): sample i takes its
+        noise from `(settings.seed, i, step)`, see `smalti.core.noise`.
+        """
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """`loss`, so that wrappers which hook into `forward` (DDP, FSDP) see the training step."""
+        return self.loss(tokens, labels)
+
+    def config(self) -> dict[str, Any]:
+        """What `config.json` holds beside the weights."""
+        return {
+            "kind": self.kind,
+            "options": self.options.model_dump(mode="json"),
+            "layout": self.token_layout.model_dump(mode="json"),
+            "classes": self.classes,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Build it from what `config()` gave."""
+        checked = validated(_GeneratorConfig, config)
+        return checked.options.build(checked.layout, checked.classes)  # type: ignore[return-value]
+
+
+class Features(nn.Module, ABC):
+    """Images to named feature tensors, for metrics.
+
+    `fingerprint` identifies weights and preprocessing; results carry it.
+    """
+
+    fingerprint: str
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images uint8 `(B, H, W, 3)` to features, e.g. `{"pool": (B, D), "logits": (B, classes)}`."""
+
+
+class _TokenizerConfig(Options):
+    kind: Literal["tokenizer"]
+    options: Annotated[TokenizerOptions, Slot("tokenizer")]
+
+
+class _GeneratorConfig(Options):
+    kind: Literal["generator"]
+    options: Annotated[GeneratorOptions, Slot("generator")]
+    layout: TokenLayout
+    classes: int
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raise a `UserError` that names the first label outside `[0, classes)`."""
+    outside = (labels < 0) | (labels >= classes)
+    if bool(outside.any()):
+        first = int(labels[outside][0])
+        raise UserError(f"label {first} is out of range: there are {classes} classes, 0 to {classes - 1}")
+
+
+def check_images(images: Tensor, channels: int) -> None:
+    """Raise a `UserError` unless `images` is a float `(B, channels, H, W)`."""
+    if images.ndim != 4 or images.shape[1] != channels or not torch.is_floating_point(images):
+        raise UserError(
+            f"images must be float (B, {channels}, H, W) in [-1, 1], got {images.dtype} {tuple(images.shape)}"
+        )

@@ -1,0 +1,102 @@
+"""Tar shards read as streams: every cut and every damaged byte that the formats can show is an error.
+
+`webdataset` opens the stream and groups the files of a sample. In between stands a reader of our own,
+because `tarfile` takes a broken header for the end of the archive, and its stream mode never checks gzip's
+checksum: both would lose samples in silence.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import signal
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+from webdataset.gopen import Pipe, gopen
+from webdataset.tariterators import group_by_keys
+
+from smalti.core.errors import UserError
+
+# What the exit status of a command is when its reader closes the pipe early: by itself, or told by a shell.
+_BROKEN_PIPE = (-signal.SIGPIPE, 128 + signal.SIGPIPE)
+_UNPACKERS: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+
+
+def read_shard(url: str) -> Iterator[dict[str, Any]]:
+    """The samples of one shard in stored order: `__key__`, and the bytes of each file by its extension.
+
+    Args:
+        url: a path or anything else that `webdataset.gopen` takes; tar, plain or compressed.
+
+    Raises:
+        UserError: the shard cannot be opened, is damaged, or ends early; says after how many samples.
+    """
+    stream = _opened(url)
+    samples = 0
+    try:
+        for sample in group_by_keys(_files(stream)):
+            yield sample
+            samples += 1
+        stream.close()
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError) as error:
+        reason = _command_failure(stream) or str(error.args[0] if error.args else error)
+        raise UserError(f"shard {url} is damaged or incomplete after {samples} samples: {reason}") from error
+    finally:
+        with suppress(OSError):  # a command whose output we no longer want ends with a broken pipe
+            stream.close()
+
+
+def _opened(url: str) -> Any:
+    try:
+        return gopen(url)
+    except FileNotFoundError:
+        raise UserError(f"shard {url} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"shard {url} cannot be opened: {error}") from error
+
+
+def _command_failure(stream: Any) -> str | None:
+    """Why the command behind a pipe failed, where that is what happened."""
+    if not isinstance(stream, Pipe):
+        return None
+    with suppress(OSError):
+        stream.close()
+    status = stream.proc.returncode
+    return f"its command ended with exit status {status}" if status not in (0, *_BROKEN_PIPE) else None
+
+
+def _files(stream: Any) -> Iterator[dict[str, Any]]:
+    """Name and content of each file of a tar stream, as `group_by_keys` takes them."""
+    start = getattr(stream, "stream", stream).peek(6)
+    unpacked = (opener(stream) for magic, opener in _UNPACKERS.items() if start.startswith(magic))
+    file: Any = next(unpacked, stream)
+    with tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as tar:
+        for member in tar:
+            content = tar.extractfile(member) if member.isreg() else None
+            if content is not None:
+                yield {"fname": member.name, "data": content.read(), "__url__": ""}
+            tar.members = []  # type: ignore[attr-defined]  # headers, which would pile up
+        assert tar.fileobj is not None
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("the end-of-archive marker is cut off")
+    while file.read(1 << 16):  # checksums are checked at the end, and a command must be able to finish
+        continue
+
+
+class _Header(tarfile.TarInfo):
+    """A tar header that tells of damage where `TarFile` takes it for the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+                raise  # the block of zeros that ends an archive
+            reason = str(error) if buf else "the end-of-archive marker is missing"
+            raise tarfile.ReadError(reason) from error

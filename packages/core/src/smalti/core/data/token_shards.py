@@ -1,0 +1,231 @@
+"""Tokens in tar shards, and beside them `layout.json`, which tells all that their reader needs.
+
+    tokens/layout.json           a `TokenManifest`
+    tokens/tokens-000000.tar     for each sample `{key}.npy`, its tokens (V, L, S), and `{key}.cls`, its label
+
+The tars are WebDataset shards. The same tokens give the same bytes.
+
+Legend: N samples, V views of an image (itself, its mirror image), L positions, S streams.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from smalti.core.data.tar_shards import read_shard
+from smalti.core.errors import UserError
+from smalti.core.files import atomic_write, read_json, write_json
+from smalti.core.layout import TokenLayout
+from smalti.core.options import sentences
+
+MANIFEST = "layout.json"
+Tokens = NDArray[np.integer[Any]]
+
+
+class ShardEntry(BaseModel):
+    """One shard of a token set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    samples: Annotated[int, Field(ge=0)]
+
+
+class TokenManifest(BaseModel):
+    """What `layout.json` tells.
+
+    Args:
+        layout: of the tokens of one view.
+        classes: names; labels are below their number.
+        tokenizer: fingerprint of the tokenizer that made them.
+        dataset: name of the images' dataset.
+        samples: N.
+        views: names of the V views, e.g. `("original", "flip")`.
+        shards: in the order of samples.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layout: TokenLayout
+    classes: tuple[str, ...]
+    tokenizer: str
+    dataset: str
+    samples: Annotated[int, Field(ge=0)]
+    views: Annotated[tuple[str, ...], Field(min_length=1)]
+    shards: tuple[ShardEntry, ...]
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """The tokens of a dataset, in memory.
+
+    Attributes:
+        folder: where they were read.
+        tokens: `(N, V, L, S)`, of the smallest unsigned type that holds the vocabulary.
+        labels: int64 `(N,)`, below the number of classes.
+        layout: of the tokens of one view.
+        classes: names.
+        tokenizer: fingerprint of the tokenizer that made them.
+        views: V names.
+    """
+
+    folder: Path
+    tokens: Tokens
+    labels: NDArray[np.int64]
+    layout: TokenLayout
+    classes: tuple[str, ...]
+    tokenizer: str
+    views: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """N, the number of samples."""
+        return len(self.labels)
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Raise a `UserError` where another tokenizer made these tokens."""
+        if fingerprint != self.tokenizer:
+            raise UserError(
+                f"the token shards in {self.folder} were made by another tokenizer "
+                f"({self.tokenizer}, this one is {fingerprint}): run `smalti tokenize` again"
+            )
+
+
+def shard_name(number: int) -> str:
+    """The file name of the shard with a number."""
+    return f"tokens-{number:06d}.tar"
+
+
+def write_token_shard(
+    path: Path, keys: Sequence[str], tokens: Tokens, labels: Sequence[int] | NDArray[np.int64], layout: TokenLayout
+) -> ShardEntry:
+    """Write one shard, whole or not at all.
+
+    Args:
+        path: of the shard, see `shard_name`.
+        keys: n names; dots in them become underscores, for WebDataset ends a key at its first dot.
+        tokens: `(n, V, L, S)`.
+        labels: n.
+        layout: of the tokens.
+
+    Raises:
+        UserError: tokens that do not fit the layout, two neighbours of one key, or a disk that is full.
+    """
+    from webdataset import TarWriter
+
+    assert len(keys) == len(tokens) == len(labels)
+    check_tokens(tokens, layout, f"the tokens for {path}")
+    compact = tokens.astype(_type_for(layout))
+    members = [key.replace(".", "_") for key in keys]
+    for one, other in pairwise(members):
+        if one == other:
+            raise UserError(f"two samples in a row have the key {one!r}, in {path} they would be one")
+    with atomic_write(path) as file, TarWriter(file, mtime=0, encoder=False, compress=False) as tar:
+        for key, array, label in zip(members, compact, labels, strict=True):
+            content = io.BytesIO()
+            np.lib.format.write_array(content, np.ascontiguousarray(array), allow_pickle=False)
+            tar.write({"__key__": key, "npy": content.getvalue(), "cls": str(int(label)).encode()})
+    return ShardEntry(name=path.name, samples=len(keys))
+
+
+def write_manifest(folder: Path, manifest: TokenManifest) -> None:
+    """Write `layout.json`; done last, it says that the shards are complete."""
+    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+
+
+def read_token_shards(folder: str | Path) -> TokenSet:
+    """Read a folder of token shards into memory and check every sample.
+
+    Raises:
+        UserError: no such folder or no `layout.json`; a shard that is missing, damaged, or holds other
+            numbers of samples than told; a sample of another shape, or codes or labels out of range.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist; expected a folder of token shards, as `smalti tokenize` writes it")
+    path = folder / MANIFEST
+    try:
+        manifest = TokenManifest.model_validate(read_json(path, "the layout of token shards"))
+    except ValidationError as error:
+        raise UserError(f"{path} cannot be used: {sentences(error)}") from None
+    told = sum(entry.samples for entry in manifest.shards)
+    if told != manifest.samples:
+        raise UserError(f"{path} is damaged: it tells of {manifest.samples} samples, its shards of {told}")
+    shape = (told, len(manifest.views), manifest.layout.positions, manifest.layout.streams)
+    tokens, labels = np.empty(shape, _type_for(manifest.layout)), np.empty(told, np.int64)
+    start = 0
+    for entry in manifest.shards:
+        part = slice(start, start + entry.samples)
+        _fill(tokens[part], labels[part], folder / entry.name, manifest)
+        start += entry.samples
+    return TokenSet(folder, tokens, labels, manifest.layout, manifest.classes, manifest.tokenizer, manifest.views)
+
+
+def _fill(tokens: Tokens, labels: NDArray[np.int64], path: Path, manifest: TokenManifest) -> None:
+    """Read one shard of n samples into `tokens` `(n, V, L, S)` and `labels` `(n,)`."""
+    count, samples = 0, len(labels)
+    for count, sample in enumerate(_at_most(samples, path), start=1):
+        where = f"sample {sample['__key__']!r} of shard {path}"
+        array = _array(sample, where)
+        if array.shape != tokens.shape[1:] or array.dtype != tokens.dtype:
+            expected = f"{tokens.dtype} {tokens.shape[1:]}"
+            raise UserError(f"{where} holds tokens {array.dtype} {array.shape}, {MANIFEST} asks for {expected}")
+        check_tokens(array[None], manifest.layout, f"the tokens of {where}")
+        tokens[count - 1] = array
+        labels[count - 1] = _label(sample, where, len(manifest.classes))
+    if count < samples:
+        raise UserError(f"shard {path} holds {count} samples, {MANIFEST} says {samples}")
+
+
+def _at_most(samples: int, path: Path) -> Iterator[dict[str, Any]]:
+    for count, sample in enumerate(read_shard(str(path)), start=1):
+        if count > samples:
+            raise UserError(f"shard {path} holds more samples than the {samples} that {MANIFEST} says")
+        yield sample
+
+
+def _array(sample: dict[str, Any], where: str) -> Tokens:
+    if "npy" not in sample:
+        raise UserError(f"{where} has no tokens: expected .npy")
+    # NumPy parses the header as Python source: broken bytes raise errors of many types.
+    try:
+        array: Tokens = np.lib.format.read_array(io.BytesIO(sample["npy"]), allow_pickle=False)
+    except Exception as error:
+        raise UserError(f"{where} is damaged: {' '.join(str(error).split())}") from error
+    return array
+
+
+def _label(sample: dict[str, Any], where: str, classes: int) -> int:
+    content = sample.get("cls", b"")
+    if not (content.isdigit() and int(content) < classes):
+        shown = content[:20].decode(errors="replace")
+        raise UserError(f"{where} has the label {shown!r}: with {classes} classes, labels are 0 to {classes - 1}")
+    return int(content)
+
+
+def check_tokens(tokens: Tokens, layout: TokenLayout, where: str) -> None:
+    """Raise a `UserError` unless `tokens` are integers `(n, V, L, S)` within the codebooks of `layout`."""
+    if not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim != 4:
+        raise UserError(f"{where} are {tokens.dtype} {tokens.shape}, expected integers (n, views, positions, streams)")
+    if tokens.shape[2:] != (layout.positions, layout.streams):
+        expected = (layout.positions, layout.streams)
+        raise UserError(f"{where} have {tokens.shape[2:]} positions and streams, the layout has {expected}")
+    outside = (tokens < 0) | (tokens >= np.array(layout.vocab, np.int64))
+    if outside.any():
+        stream = int(np.argwhere(outside)[0][-1])
+        raise UserError(
+            f"{where} hold the token {int(tokens[outside][0])} in stream {stream}: "
+            f"its codebook has the codes 0 to {layout.vocab[stream] - 1}"
+        )
+
+
+def _type_for(layout: TokenLayout) -> np.dtype[np.unsignedinteger[Any]]:
+    return np.min_scalar_type(max(layout.vocab) - 1)

@@ -1,0 +1,83 @@
+"""Files that are whole or absent: written under a temporary name, synced, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from smalti.core.errors import UserError
+
+TEMPORARY = ".part"
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
+    """A binary file that appears at `path` only when the block ends without an error.
+
+    Raises:
+        UserError: where the disk is full or the folder cannot be written; an older file stays as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}{TEMPORARY}")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk, a missing right, a read-only place or a limit on sizes into a sentence about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"no disk space left to write {path}: free some and run the same command again") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG):
+            raise UserError(f"{path} cannot be written: {error.strerror}") from error
+        raise
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write `content` to `path`, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def write_text(path: str | Path, content: str) -> None:
+    """Write UTF-8 text to `path`, whole or not at all."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write `content` as indented JSON to `path`, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """Read JSON; `what` says in errors which file was expected, e.g. `a run's layout`."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; expected {what} there") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged, expected {what}: {error}") from None
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what writers that were killed left behind under `folder`."""
+    for path in folder.rglob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,84 @@
+"""The pipeline: which stages a recipe has, which of them still have to run, and running them."""
+
+from __future__ import annotations
+
+import time
+
+from smalti.core import distributed
+from smalti.core.errors import UserError
+from smalti.core.run_folder import fingerprint
+from smalti.core.stage import Context, Stage
+from smalti.core.stages.sample import Sample
+from smalti.core.stages.tokenize import Tokenize
+from smalti.core.stages.train_generator import TrainGenerator
+from smalti.core.stages.train_tokenizer import TrainTokenizer
+
+COMMANDS = {
+    "train-tokenizer": "smalti train tokenizer",
+    "tokenize": "smalti tokenize",
+    "train-generator": "smalti train generator",
+    "sample": "smalti sample",
+    "evaluate": "smalti evaluate",
+}
+
+
+class Pipeline:
+    """The stages of one run."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        stages: list[Stage] = [
+            TrainTokenizer(context),
+            Tokenize(context),
+            TrainGenerator(context),
+            Sample(context),
+        ]
+        if context.recipe.evaluate is not None:
+            stages.append(context.recipe.evaluate.build(context))
+        self.stages = {stage.name: stage for stage in stages}
+        self.fingerprints: dict[str, str] = {}
+        for stage in stages:
+            self.fingerprints[stage.name] = self._fingerprint(stage)
+
+    def _fingerprint(self, stage: Stage) -> str:
+        """Of all that the stage's output depends on: its parts of the recipe, and the stages before it."""
+        content = [self.context.recipe.section(path) for path in stage.sections]
+        return fingerprint([stage.name, content, [self.fingerprints[name] for name in stage.after]])
+
+    def run(self, names: list[str] | None = None) -> None:
+        """Run these stages, or all; those that are done and unchanged are left as they are.
+
+        Raises:
+            UserError: a stage is not in the recipe, or one that it needs is not done.
+        """
+        for name in names or list(self.stages):
+            if name not in self.stages:
+                raise UserError(f"the recipe has no section for {name!r}; its stages are {', '.join(self.stages)}")
+            self._run(self.stages[name])
+
+    def _run(self, stage: Stage) -> None:
+        run, reporter = self.context.run, self.context.reporter
+        for before in stage.after:
+            if not self._done(before):
+                raise UserError(f"{stage.name} needs {before} first: run `{COMMANDS[before]} {run.path}`")
+        if self._done(stage.name):
+            reporter.say(f"{stage.name}: done before")
+            return
+        known = run.stages().get(stage.name, {})
+        distributed.barrier()
+        if distributed.rank() == 0:
+            if known and known["fingerprint"] != self.fingerprints[stage.name]:
+                run.remove((*stage.outputs, f"state/{stage.name}.pt"))
+                run.rewind_metrics(stage.name, 0)
+            run.record(stage.name, fingerprint=self.fingerprints[stage.name], done=False)
+        distributed.barrier()
+        started = time.monotonic()
+        stage.run()
+        distributed.barrier()
+        if distributed.rank() == 0:
+            run.record(stage.name, done=True, seconds=round(time.monotonic() - started, 1))
+        distributed.barrier()
+
+    def _done(self, name: str) -> bool:
+        known = self.context.run.stages().get(name, {})
+        return bool(known.get("done")) and known["fingerprint"] == self.fingerprints[name]

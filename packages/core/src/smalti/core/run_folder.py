@@ -1,0 +1,150 @@
+"""A run folder: the files of one run, which stages are done, and how a later process goes on.
+
+recipe.yaml        the resolved recipe
+tokenizer/         config.json, model.safetensors, ema.safetensors
+tokens/            token shards (tar) and layout.json
+generator/         as tokenizer/
+samples/           samples.npz (ADM's layout) and grid.png
+evaluation/        the classifier, and what was measured in pieces
+metrics.jsonl      training curves
+summary.json, report.html
+state/             stages.json, and checkpoints that hold everything needed to go on
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from smalti.core.errors import UserError
+from smalti.core.files import disk_errors, read_json, remove_temporaries, write_json, write_text
+from smalti.core.recipe import Recipe, differences, dump_recipe, load_recipe
+
+
+class RunFolder:
+    """Paths and state of one run. Only the first process of a distributed run may write through it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def state(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "state"
+
+    def prepare(self, recipe: Recipe, *, force: bool = False) -> None:
+        """Make the folder ready for `recipe`.
+
+        Raises:
+            UserError: the folder holds a run of another recipe and `force` is off (says what differs), or
+                holds something that is no run at all.
+        """
+        with disk_errors(self.path):
+            known = self.path / "recipe.yaml"
+            if known.exists() and not force:
+                self._check_same(recipe)
+            elif not known.exists() and self.path.is_dir() and any(self._foreign()):
+                raise UserError(f"{self.path} is not empty and not a run folder: choose another with --out")
+            self.state.mkdir(parents=True, exist_ok=True)
+            remove_temporaries(self.path)
+        text = dump_recipe(recipe)
+        if not known.exists() or known.read_text() != text:
+            write_text(known, text)
+
+    def _foreign(self) -> Iterator[Path]:
+        return (path for path in self.path.iterdir() if path.name not in ("state", ".recipe.yaml.part"))
+
+    def _check_same(self, recipe: Recipe) -> None:
+        try:
+            there = load_recipe(self.path).model_dump(mode="json")
+        except UserError as error:
+            raise UserError(f"the recipe in {self.path} cannot be read ({error}); --force replaces it") from None
+        found = differences(there, recipe.model_dump(mode="json"))
+        if found:
+            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+            raise UserError(
+                f"{self.path} holds a run of another recipe ({'; '.join(found[:5])}{more}); choose another folder "
+                f"with --out, or --force to redo what depends on it"
+            )
+
+    @contextmanager
+    def locked(self, *, first: bool = True) -> Iterator[None]:
+        """Hold the folder for this process; the lock goes when the process ends, however it ends.
+
+        Args:
+            first: whether this is the first process of the run; the others hold nothing.
+        """
+        if not first:
+            yield
+            return
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file; expected a folder for the run")
+        with disk_errors(self.path):
+            self.state.mkdir(parents=True, exist_ok=True)
+            file = (self.state / "lock").open("w")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process is working in {self.path}") from None
+            yield
+
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """What is known of each stage: `fingerprint`, `done`, `seconds` so far."""
+        path = self.state / "stages.json"
+        return dict(read_json(path, "the state of a run's stages")) if path.exists() else {}
+
+    def record(self, stage: str, **values: Any) -> None:
+        """Change what is known of a stage."""
+        stages = self.stages()
+        stages[stage] = {**stages.get(stage, {}), **values}
+        write_json(self.state / "stages.json", stages)
+
+    def remove(self, names: tuple[str, ...]) -> None:
+        """Remove outputs, files or folders."""
+        for name in names:
+            path = self.path / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def metrics(self, stage: str) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl` that a stage wrote."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        parsed = [json.loads(line) for line in lines if line.endswith("}")]
+        return [line for line in parsed if line["stage"] == stage]
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Add one line to `metrics.jsonl`."""
+        with disk_errors(self.path / "metrics.jsonl"), (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def rewind_metrics(self, stage: str, step: int) -> None:
+        """Drop what a stage wrote after `step`: those steps will be done again."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for text in path.read_text().splitlines():
+            if not text.endswith("}"):  # the line at which a process was killed
+                continue
+            line = json.loads(text)
+            if line["stage"] != stage or line["step"] <= step:
+                kept.append(text + "\n")
+        write_text(path, "".join(kept))
+
+
+def fingerprint(content: Any) -> str:
+    """Sixteen hex digits that identify plain data."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""The stages of the pipeline that need no other package."""

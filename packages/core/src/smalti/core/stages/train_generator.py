@@ -1,0 +1,46 @@
+"""Stage `train-generator`: from token shards to a trained generator."""
+
+from __future__ import annotations
+
+import torch
+
+from smalti.core import distributed
+from smalti.core.contracts import Tokenizer
+from smalti.core.data.token_batches import TokenBatches
+from smalti.core.data.token_shards import read_token_shards
+from smalti.core.files import write_json
+from smalti.core.noise import mixed_seed
+from smalti.core.stage import Stage
+from smalti.core.training.loop import micro_batch, train
+from smalti.core.training.tasks import GeneratorTask
+from smalti.core.weights import fingerprint
+
+
+class TrainGenerator(Stage):
+    """Trains the recipe's generator; writes `generator/`."""
+
+    name = "train-generator"
+    sections = ("seed", "generator", "train.generator")
+    after = ("tokenize",)
+    outputs = ("generator",)
+
+    def run(self) -> None:
+        """Train, from the last checkpoint if there is one."""
+        context, recipe = self.context, self.context.recipe
+        options = recipe.train.generator
+        tokenizer = Tokenizer.from_pretrained(context.run / "tokenizer")
+        tokens = read_token_shards(context.run / "tokens")
+        tokens.check_tokenizer(fingerprint(tokenizer, tokenizer.config()))
+        torch.manual_seed(mixed_seed(recipe.seed, self.name, "weights"))
+        generator = recipe.generator.build(tokens.layout, len(tokens.classes))
+        batches = TokenBatches(
+            tokens,
+            micro_batch(options),
+            seed=recipe.seed,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        averaged = train(GeneratorTask(generator), batches, options, stage=self.name, context=context)
+        if distributed.rank() == 0:
+            generator.save_pretrained(context.run / "generator", averaged)
+            write_json(context.run / "generator" / "tokenizer.json", {"tokenizer": tokens.tokenizer})

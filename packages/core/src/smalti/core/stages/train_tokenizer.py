@@ -1,0 +1,42 @@
+"""Stage `train-tokenizer`: from images to a trained tokenizer."""
+
+from __future__ import annotations
+
+import torch
+
+from smalti.core import distributed
+from smalti.core.data.loader import TrainBatches
+from smalti.core.noise import mixed_seed
+from smalti.core.stage import Stage
+from smalti.core.training.loop import micro_batch, train
+from smalti.core.training.tasks import TokenizerTask
+
+
+class TrainTokenizer(Stage):
+    """Trains the recipe's tokenizer; writes `tokenizer/`."""
+
+    name = "train-tokenizer"
+    sections = ("seed", "data", "tokenizer", "train.tokenizer")
+    after = ()
+    outputs = ("tokenizer",)
+
+    def run(self) -> None:
+        """Train, from the last checkpoint if there is one."""
+        context, recipe = self.context, self.context.recipe
+        options = recipe.train.tokenizer
+        torch.manual_seed(mixed_seed(recipe.seed, self.name, "weights"))
+        tokenizer = recipe.tokenizer.build()
+        task = TokenizerTask(tokenizer, options)
+        batches = TrainBatches(
+            recipe.data.train.build(),
+            tokenizer.preprocessing,
+            micro_batch(options),
+            seed=recipe.seed,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            max_undecodable=recipe.data.max_undecodable,
+            warn=context.reporter.say,
+        )
+        averaged = train(task, batches, options, stage=self.name, context=context)
+        if distributed.rank() == 0:
+            tokenizer.save_pretrained(context.run / "tokenizer", averaged)

@@ -1,0 +1,1 @@
+"""Training: one loop, the tasks it runs, and what they need."""

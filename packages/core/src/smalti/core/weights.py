@@ -1,0 +1,159 @@
+"""Weights on disk: `model.safetensors` beside `config.json`, from a folder or from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import torch
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from smalti.core.errors import UserError
+from smalti.core.files import read_json, write_bytes, write_json
+from smalti.core.options import sentences
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+EMA_WEIGHTS = "ema.safetensors"
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validated(model: type[Model], config: Mapping[str, Any]) -> Model:
+    """`config` as `model`; what is wrong with it becomes one sentence."""
+    try:
+        return model.model_validate(config)
+    except ValidationError as error:
+        raise UserError(f"the configuration cannot be used: {sentences(error)}") from None
+
+
+class Pretrained:
+    """Saving and loading for a module that can tell its configuration. Mix it into an `nn.Module`."""
+
+    kind: str
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """What is needed to build the module again, as JSON."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Build the module from what `config()` gave."""
+
+    def save_pretrained(self, folder: str | Path, ema: Mapping[str, Tensor] | None = None) -> None:
+        """Write configuration and weights; `ema`, averaged weights under the same names, goes beside them."""
+        assert isinstance(self, nn.Module)
+        folder = Path(folder)
+        save_tensors(folder / WEIGHTS, self.state_dict())
+        if ema is not None:
+            save_tensors(folder / EMA_WEIGHTS, ema)
+        write_json(folder / CONFIG, self.config())
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, ema: bool = True, revision: str | None = None) -> Self:
+        """Load from a folder, or from the hub by repository name.
+
+        Args:
+            name: a folder that `save_pretrained` wrote, or `owner/repository`.
+            ema: take the averaged weights where there are any.
+            revision: of the hub repository.
+
+        Raises:
+            UserError: nothing there, a damaged file, weights that do not belong to the configuration.
+        """
+        folder = Path(name)
+        if not folder.is_dir():
+            folder = _download(str(name), revision)
+        config = read_json(folder / CONFIG, f"the configuration of a {cls.kind}")
+        if not isinstance(config, dict) or config.get("kind") != cls.kind:
+            found = config.get("kind") if isinstance(config, dict) else None
+            raise UserError(f"{folder} does not hold a {cls.kind}, its {CONFIG} says kind {found!r}")
+        module = cls.from_config(config)
+        assert isinstance(module, nn.Module)
+        averaged = folder / EMA_WEIGHTS
+        load_tensors(module, averaged if ema and averaged.exists() else folder / WEIGHTS)
+        module.eval()
+        return module
+
+    def push_to_hub(self, repository: str, *, private: bool = False) -> None:
+        """Upload configuration and weights to the hub repository `owner/name`, making it where needed."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.upload_folder(repo_id=repository, folder_path=folder)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    except HFValidationError:
+        raise UserError(f"{name} is neither a folder here nor a hub name of the form owner/repository") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{name} is not a folder here and could not be had from the hub ({type(error).__name__}); "
+            f"give a folder with {CONFIG} and {WEIGHTS}, or a repository that can be reached"
+        ) from None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a state dict as safetensors, whole or not at all; shared storage is written out per name."""
+    write_bytes(path, save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read safetensors; a missing or damaged file is a `UserError`."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist; expected the weights there")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
+
+
+def load_tensors(module: nn.Module, path: Path) -> None:
+    """Fill `module` from a safetensors file; refuse a file of another module, naming what does not fit."""
+    found, wanted = read_tensors(path), module.state_dict()
+    missing = sorted(wanted.keys() - found.keys())
+    foreign = sorted(found.keys() - wanted.keys())
+    shapes = [
+        f"{name} is {tuple(found[name].shape)}, should be {tuple(wanted[name].shape)}"
+        for name in sorted(found.keys() & wanted.keys())
+        if found[name].shape != wanted[name].shape
+    ]
+    problems = [
+        *([f"missing {_shortened(missing)}"] if missing else []),
+        *([f"not of this model {_shortened(foreign)}"] if foreign else []),
+        *shapes[:3],
+    ]
+    if problems:
+        raise UserError(f"{path} does not fit the configured {type(module).__name__}: {'; '.join(problems)}")
+    module.load_state_dict(found)
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def fingerprint(module: nn.Module, config: Mapping[str, Any]) -> str:
+    """Sixteen hex digits that identify a configuration with its weights (SHA-256 over both)."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

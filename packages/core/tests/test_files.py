@@ -1,0 +1,64 @@
+import errno
+import os
+
+import pytest
+
+from smalti.core import files
+from smalti.core.errors import UserError
+
+
+def test_a_file_is_whole_or_absent(tmp_path):
+    target = tmp_path / "deep" / "file.bin"
+    files.write_bytes(target, b"first")
+
+    def half():
+        with files.atomic_write(target) as file:
+            file.write(b"second, cut")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        half()
+    assert target.read_bytes() == b"first"
+    assert [path.name for path in target.parent.iterdir()] == ["file.bin"]
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        (errno.ENOSPC, "no disk space left to write {}: free some and run the same command again"),
+        (errno.EDQUOT, "no disk space left to write {}: free some and run the same command again"),
+        (errno.EROFS, "{} cannot be written: Read-only file system"),
+    ],
+)
+def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch, code, sentence):
+    target = tmp_path / "file.json"
+    files.write_json(target, {"kept": True})
+
+    def full(_descriptor):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(UserError) as caught:
+        files.write_json(target, {"kept": False})
+    assert str(caught.value) == sentence.format(target)
+    assert files.read_json(target, "a test") == {"kept": True}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_killed_writers_leave_is_removed(tmp_path):
+    with files.atomic_write(tmp_path / "a" / "file") as file:
+        (left,) = (tmp_path / "a").iterdir()
+        file.write(b"x")
+        copy = left.with_name(f".other{files.TEMPORARY}")
+        copy.write_bytes(b"half")
+    files.remove_temporaries(tmp_path)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]
+
+
+def test_unreadable_json(tmp_path):
+    path = tmp_path / "x.json"
+    with pytest.raises(UserError, match=r"x.json does not exist; expected a layout there$"):
+        files.read_json(path, "a layout")
+    path.write_text('{"cut": ')
+    with pytest.raises(UserError, match=r"x.json is damaged, expected a layout: "):
+        files.read_json(path, "a layout")

@@ -1,0 +1,204 @@
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from smalti.core.errors import UserError
+from smalti.core.progress import Reporter
+from smalti.core.run_folder import RunFolder
+from smalti.core.training import loop
+from smalti.core.training.ema import EMA
+from smalti.core.training.loop import Task, train
+from smalti.core.training.options import Optimization
+from smalti.core.training.schedule import multiplier
+
+
+class Numbers:
+    """Batches that count."""
+
+    def __init__(self):
+        self.position = 0
+
+    def __next__(self):
+        self.position += 1
+        generator = torch.Generator().manual_seed(self.position)
+        return (torch.randn(4, 3, generator=generator),)
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+class Pair(Task):
+    """A generator and a discriminator, linear both, with dropout so that randomness counts."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.models = {"G": nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.2)), "D": nn.Linear(3, 1)}
+        self.learning_rates = {"D": 1e-2}
+        self.fail_at = None
+
+    def objectives(self, models, batch, step):
+        (x,) = batch
+        made = models["G"](x)
+        value = (made - x).square().mean() - 0.1 * self.models["D"](made).mean().detach()
+        yield "G", {"fit": value * (float("nan") if step == self.fail_at else 1.0)}
+        yield "D", {"judge": models["D"](made.detach()).square().mean() - models["D"](x).mean()}
+
+
+@pytest.fixture
+def context(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.state.mkdir(parents=True)
+    return SimpleNamespace(run=folder, recipe=SimpleNamespace(seed=1), device="cpu", reporter=Reporter(quiet=True))
+
+
+def options(**changes):
+    return Optimization.model_validate(
+        {"steps": 12, "batch_size": 4, "learning_rate": 0.01, "checkpoint_every": 5, "log_every": 3, **changes}
+    )
+
+
+def run(context, optimization, task=None):
+    task = task or Pair()
+    averaged = train(task, Numbers(), optimization, stage="test", context=context)
+    return task, averaged
+
+
+def test_accumulation_steps_both_optimizers(context, monkeypatch):
+    """One context per model, and only the model entered last would ever step."""
+    steps = Counter()
+
+    class Counted(torch.optim.AdamW):
+        def step(self, *arguments, **keywords):
+            steps[self.param_groups[0]["params"][0].shape[0]] += 1
+            return super().step(*arguments, **keywords)
+
+    monkeypatch.setattr(loop.torch.optim, "AdamW", Counted)
+    run(context, options(steps=5, accumulate=4))
+    assert steps == {3: 5, 1: 5}
+
+
+def test_accumulated_gradients_equal_one_large_batch(context):
+    class Fit(Task):
+        def __init__(self):
+            torch.manual_seed(0)
+            self.models = {"G": nn.Linear(3, 3)}
+
+        def objectives(self, models, batch, step):
+            yield "G", {"fit": (models["G"](batch[0]) - 1).square().mean()}
+
+    class Joined(Numbers):
+        def __next__(self):
+            return (torch.cat([super(Joined, self).__next__()[0] for _ in range(2)]),)
+
+    parts, whole = Fit(), Fit()
+    train(parts, Numbers(), options(steps=3, accumulate=2, batch_size=8), stage="parts", context=context)
+    train(whole, Joined(), options(steps=3, batch_size=8), stage="whole", context=context)
+    torch.testing.assert_close(parts.models["G"].weight, whole.models["G"].weight)
+
+
+@pytest.mark.parametrize("stop", [1, 4, 5, 7, 11])
+def test_going_on_equals_never_stopping(context, tmp_path, monkeypatch, stop):
+    undisturbed, expected = run(context, options())
+    lines = context.run.metrics("test")
+    other = SimpleNamespace(**{**vars(context), "run": RunFolder(tmp_path / "other")})
+    other.run.state.mkdir(parents=True)
+
+    class KillError(Exception):
+        """The end of a process."""
+
+    update = loop._Loop._update
+
+    def dying(self):
+        if self.step == stop:
+            raise KillError
+        update(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "_update", dying)
+        with pytest.raises(KillError):
+            run(other, options())
+    resumed, averaged = run(other, options())
+    for name, model in undisturbed.models.items():
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(tensor, resumed.models[name].state_dict()[key])
+    assert all(torch.equal(expected[name], averaged[name]) for name in expected)
+    assert other.run.metrics("test") == lines
+    assert [line["step"] for line in lines] == [3, 6, 9, 12]
+
+
+def test_ctrl_c_saves_at_the_end_of_the_step(context, monkeypatch):
+    import signal
+
+    update = loop._Loop._update
+
+    def interrupted(self):
+        update(self)
+        if self.step == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "_update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(context, options())
+    assert torch.load(context.run.state / "test.pt", weights_only=True)["step"] == 7
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_loss_that_is_not_finite_ends_with_its_name_and_step(context):
+    task = Pair()
+    task.fail_at = 7
+    with pytest.raises(UserError, match=r"^test: the loss 'fit' is nan at step 7; lower the learning rate"):
+        run(context, options(), task)
+
+
+def test_a_damaged_checkpoint(context):
+    run(context, options(steps=5))
+    path = context.run.state / "test.pt"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"test.pt is damaged .*; remove it to train from the start"):
+        run(context, options(steps=5))
+
+
+def test_a_batch_that_cannot_be_divided():
+    with pytest.raises(UserError, match="batch_size 6 cannot be divided by 1 processes times 4 micro-batches"):
+        loop.micro_batch(options(batch_size=6, accumulate=4))
+    assert loop.micro_batch(options(batch_size=8, accumulate=4)) == 2
+
+
+def test_bfloat16_keeps_weights_in_float32(context):
+    seen = []
+
+    task = Pair()
+    task.models["G"][0].register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    run(context, options(steps=2, precision="bfloat16"), task)
+    assert task.models["G"][0].weight.dtype == torch.float32
+    assert seen == [torch.bfloat16, torch.bfloat16]
+
+
+def test_schedule():
+    cosine = options(steps=101, warmup_steps=10, final_ratio=0.1)
+    values = [multiplier(cosine, step) for step in range(101)]
+    assert values[0] == pytest.approx(0.1)
+    assert values[9] == values[10] == 1.0
+    assert values[55] == pytest.approx(0.55)
+    assert values[100] == pytest.approx(0.1)
+    assert multiplier(options(schedule="constant"), 11) == 1.0
+
+
+def test_ema_follows_its_formula():
+    module = nn.Linear(2, 2)
+    expected = module.weight.detach().clone()
+    ema = EMA(module, 0.5)
+    for update in range(1, 20):
+        with torch.no_grad():
+            module.weight += 0.1 * update
+        decay = min(0.5, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * module.weight.detach()
+        ema.update(module)
+    torch.testing.assert_close(ema.weights["weight"], expected)

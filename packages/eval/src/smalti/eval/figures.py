@@ -1,0 +1,48 @@
+"""Figures of merit that carry their protocol: without it a number cannot be compared with another."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Literal
+
+from smalti.core.options import Options
+
+LIBRARIES = ("smalti-eval", "smalti-core", "torch", "numpy", "pillow")
+
+
+class Figure(Options):
+    """One measured number, and all that it depends on.
+
+    Args:
+        name: in `summary.json`.
+        title: for people.
+        value: the number, in `unit`.
+        unit: `dB`, `share` (0 to 1), `codes`, or empty.
+        better: which direction is.
+        definition: formula, data range, paper.
+        measured: what was measured, and how many.
+        reference: what it was compared with, and how many; empty where with nothing.
+        extractor: which network gave the features, with its fingerprint; empty where none did.
+    """
+
+    name: str
+    title: str
+    value: float
+    unit: str = ""
+    better: Literal["higher", "lower"] = "higher"
+    definition: str
+    measured: str
+    reference: str = ""
+    extractor: str = ""
+
+    def text(self) -> str:
+        """The value as people read it."""
+        if self.unit == "share":
+            return f"{100 * self.value:.1f} %"
+        digits = 3 if abs(self.value) < 1 else 2 if abs(self.value) < 10 else 1
+        return f"{self.value:.{digits}f} {self.unit}".rstrip()
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of what computed the figures."""
+    return {name: metadata.version(name) for name in LIBRARIES}

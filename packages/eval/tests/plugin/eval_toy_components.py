@@ -1,0 +1,67 @@
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from smalti.core.contracts import Generator, Tokenizer, TokenizerOutput
+from smalti.core.layout import TokenLayout
+from smalti.core.noise import uniform
+from smalti.core.options import GeneratorOptions, Preprocessing, TokenizerOptions
+
+LEVELS = 16
+
+
+class TilesOptions(TokenizerOptions):
+    name: Literal["tiles"] = "tiles"
+    preprocessing: Preprocessing = Preprocessing(image_size=16, channels=1, fit="pad")
+    tile: int = 2
+
+    def build(self):
+        return Tiles(self)
+
+
+class Tiles(Tokenizer):
+    """One token per tile: its mean, rounded to one of 16 levels."""
+
+    def __init__(self, options):
+        super().__init__()
+        self.options = options
+        self.register_buffer("levels", torch.linspace(-1, 1, LEVELS))
+
+    def layout(self, image_size=None):
+        side = self.preprocessing.image_size // self.options.tile
+        return TokenLayout.grid(side, side, (LEVELS,))
+
+    def encode(self, images):
+        means = F.avg_pool2d(images.mean(1, keepdim=True), self.options.tile).flatten(1)
+        return ((means + 1) / 2 * (LEVELS - 1)).round().long()[..., None]
+
+    def decode(self, tokens, layout=None):
+        (height, width) = (layout or self.layout()).shape[0]
+        images = self.levels[tokens[..., 0]].view(-1, 1, height, width)
+        images = images.expand(-1, self.preprocessing.channels, -1, -1)
+        return F.interpolate(images, scale_factor=self.options.tile)
+
+    def forward(self, images):
+        tokens = self.encode(images)
+        return TokenizerOutput(self.decode(tokens), tokens, {})
+
+
+class UniformOptions(GeneratorOptions):
+    name: Literal["uniform"] = "uniform"
+
+    def supports(self, layout):
+        return None if layout.streams == 1 else "it models one stream"
+
+    def build(self, layout, classes):
+        return Uniform(self, layout, classes)
+
+
+class Uniform(Generator):
+    def loss(self, tokens, labels):
+        return {}
+
+    def sample(self, labels, settings, indices=None):
+        indices = torch.arange(len(labels)) if indices is None else indices
+        noise = uniform(settings.seed, indices, 0, self.token_layout.positions)
+        return (noise * self.token_layout.vocab[0]).long()[..., None]

@@ -1,0 +1,28 @@
+"""smalti.gaussian: 2-D Gaussian splatting in plain torch.
+
+Importing this package costs nothing: torch is imported when an operator is first asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from smalti.gaussian.rasterize import rasterize_gaussians_2d
+
+__all__ = ["rasterize_gaussians_2d"]
+
+_MODULES = {"rasterize_gaussians_2d": "smalti.gaussian.rasterize"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import an operator on first use (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """What can be imported from here."""
+    return sorted({*globals(), *_MODULES})

@@ -1,0 +1,1 @@
+"""Generators of discrete image tokens, and the transformer, caches and samplers that they share."""

@@ -1,0 +1,41 @@
+"""Checks of what a generator is given, with one look at the device per call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from smalti.core.contracts import check_labels
+from smalti.core.errors import UserError
+from smalti.core.layout import TokenLayout
+
+
+def check_batch(tokens: Tensor, labels: Tensor, layout: TokenLayout, classes: int) -> None:
+    """Check a training batch.
+
+    Args:
+        tokens: `(B, L, S)` int64.
+        labels: `(B,)`.
+        layout: of the tokens.
+        classes: labels lie in `[0, classes)`.
+
+    Raises:
+        UserError: a wrong shape or dtype, a token outside its codebook, a label out of range.
+    """
+    if tokens.dtype != torch.int64 or tokens.ndim != 3 or tokens.shape[1:] != (layout.positions, layout.streams):
+        raise UserError(
+            f"tokens of {layout} must be int64 (B, {layout.positions}, {layout.streams}), "
+            f"got {tokens.dtype} {tuple(tokens.shape)}"
+        )
+    if labels.shape != tokens.shape[:1]:
+        raise UserError(f"labels must be ({tokens.shape[0]},), one per image, got {tuple(labels.shape)}")
+    streams = zip(tokens.unbind(-1), layout.vocab, strict=True)
+    outside = torch.stack([(codes < 0) | (codes >= size) for codes, size in streams], dim=-1)
+    # Reading a value waits for the device, so both questions are asked at once.
+    if bool(outside.any() | ((labels < 0) | (labels >= classes)).any()):
+        check_labels(labels, classes)
+        stream = int(outside.nonzero()[0, 2])
+        raise UserError(
+            f"token {int(tokens[outside][0])} is out of range: stream {stream} of the layout has "
+            f"{layout.vocab[stream]} codes, 0 to {layout.vocab[stream] - 1}"
+        )

@@ -1,0 +1,57 @@
+"""What every quantizer asks of its inputs: shape, type and range, and arithmetic in float32.
+
+Legend: B batch, L token positions, S streams, D latent width, K codes of a stream.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from smalti.core.errors import UserError
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """A context in which autocast does not touch arithmetic on the device of `tensor`."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def float32_or_wider(tensor: Tensor) -> Tensor:
+    """`tensor` in float32; float64 stays what it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def check_latent(latent: Tensor, dim: int, *, training: bool) -> None:
+    """Raise a `UserError` unless `latent` is a float `(B, *space, dim)`, with at least one token in training."""
+    if latent.ndim not in (3, 4) or latent.shape[-1] != dim or not latent.is_floating_point():
+        raise UserError(
+            f"the latent must be float (B, L, {dim}) or (B, h, w, {dim}), got {latent.dtype} {tuple(latent.shape)}"
+        )
+    if training and latent.numel() == 0:
+        raise UserError(f"a training batch needs at least one token, got a latent of {tuple(latent.shape)}")
+
+
+def check_tokens(tokens: Tensor, vocab: tuple[int, ...]) -> None:
+    """Raise a `UserError` unless `tokens` is int64 `(B, L, S)` with stream s in `[0, vocab[s])`."""
+    if tokens.ndim != 3 or tokens.shape[-1] != len(vocab) or tokens.dtype != torch.int64:
+        raise UserError(f"tokens must be int64 (B, L, {len(vocab)}), got {tokens.dtype} {tuple(tokens.shape)}")
+    if tokens.numel() == 0:
+        return
+    lowest, highest = (bound.tolist() for bound in torch.aminmax(tokens.reshape(-1, len(vocab)), dim=0))
+    for stream, size in enumerate(vocab):
+        if lowest[stream] < 0 or highest[stream] >= size:
+            wrong = lowest[stream] if lowest[stream] < 0 else highest[stream]
+            raise UserError(
+                f"token {wrong} of stream {stream} is out of range: there are {size} codes, 0 to {size - 1}"
+            )
+
+
+def check_token_space(tokens: Tensor, space: tuple[int, ...], vocab: tuple[int, ...]) -> None:
+    """`check_tokens`, and a `UserError` unless the L positions fill `space`."""
+    check_tokens(tokens, vocab)
+    if tokens.shape[1] != math.prod(space):
+        raise UserError(
+            f"tokens of a latent space {tuple(space)} have {math.prod(space)} positions, got {tokens.shape[1]}"
+        )

@@ -1,0 +1,109 @@
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from smalti.core.plugins import registry
+
+# The quickstart in seconds: the same components and stages, less of everything.
+SHRUNK = (
+    "tokenizer.encoder.widths=[8, 16]",
+    "tokenizer.decoder.widths=[8, 16]",
+    "tokenizer.quantizer.codebook_size=32",
+    "generator.layers=2",
+    "generator.dim=32",
+    "generator.heads=2",
+    "train.tokenizer.steps=60",
+    "train.tokenizer.batch_size=16",
+    "train.tokenizer.checkpoint_every=10",
+    "train.tokenizer.log_every=10",
+    "train.generator.steps=60",
+    "train.generator.batch_size=16",
+    "train.generator.checkpoint_every=10",
+    "train.generator.log_every=10",
+    "tokenize.shard_size=1500",
+    "sample.count=100",
+    "sample.batch_size=10",
+    "evaluate.classifier.steps=40",
+    "evaluate.classifier.width=8",
+    "evaluate.classifier.checkpoint_every=10",
+    "evaluate.classifier.log_every=10",
+)
+OUTPUTS = ("recipe.yaml", "tokenizer", "tokens", "generator", "samples", "metrics.jsonl", "evaluation")
+
+
+@pytest.fixture(autouse=True)
+def fresh_registry():
+    registry.cache_clear()
+    yield
+    registry.cache_clear()
+
+
+class CommandLine:
+    """Runs smalti in a folder; one thread, so that one process and two compute the same bits."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+    def start(self, *arguments, launcher=("-m", "smalti")):
+        command = [sys.executable, *launcher, *map(str, arguments)]
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __call__(self, *arguments, launcher=("-m", "smalti"), code=0):
+        process = self.start(*arguments, launcher=launcher)
+        try:
+            stdout, stderr = process.communicate(timeout=900)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        assert process.returncode == code, f"{arguments}: exit {process.returncode}\n{stdout}\n{stderr}"
+        return stdout, stderr
+
+    def two(self, *arguments, code=0):
+        """The same in two processes that share the work."""
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "smalti")
+        return self(*arguments, launcher=launcher, code=code)
+
+
+@pytest.fixture
+def smalti(tmp_path):
+    return CommandLine(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of an undisturbed run of the shrunk quickstart. Tests copy from it and leave it as it is."""
+    folder = tmp_path_factory.mktemp("finished")
+    CommandLine(folder)("quickstart", *SHRUNK, "--out", "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def shrunk():
+    return SHRUNK
+
+
+@pytest.fixture(scope="session")
+def files():
+    """Every output file of a run that holds no time, with its bytes."""
+
+    def files(run):
+        found = {}
+        for name in OUTPUTS:
+            for file in [run / name] if (run / name).is_file() else sorted((run / name).rglob("*")):
+                if file.is_file():
+                    found[str(file.relative_to(run))] = file.read_bytes()
+        return found
+
+    return files

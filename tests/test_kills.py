@@ -1,0 +1,72 @@
+"""kill -9 at random moments of every stage, and Ctrl-C: the same command goes on and ends with the same files."""
+
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+
+from smalti.core.run_folder import RunFolder
+
+pytestmark = pytest.mark.slow
+STAGES = ("train-tokenizer", "tokenize", "train-generator", "sample", "evaluate")
+KILLS_PER_STAGE = 4
+
+
+def begun(run, stage):
+    """Whether a stage has begun, or is over."""
+    return stage in run.stages() if (run.state / "stages.json").exists() else False
+
+
+def done(run, stage):
+    return bool(run.stages().get(stage, {}).get("done"))
+
+
+def test_twenty_kills(finished, smalti, shrunk, files):
+    run = RunFolder(smalti.folder / "run")
+    source = random.Random(os.environ.get("SMALTI_KILL_SEED", "0"))
+    kills = dict.fromkeys(STAGES, 0)
+    for stage in STAGES:
+        for _ in range(KILLS_PER_STAGE):
+            process = smalti.start("quickstart", *shrunk, "--out", "run")
+            while not begun(run, stage) and process.poll() is None:
+                time.sleep(0.01)
+            # From before the stage's first step to its middle; late kills land in the stage after it.
+            time.sleep(source.uniform(0, 2.5))
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            where = next((name for name in STAGES if not done(run, name)), None)
+            if where is not None:
+                kills[where] += 1
+    assert sum(kills.values()) >= 4 * KILLS_PER_STAGE, f"most kills came after the end: {kills}"
+    assert all(kills[name] for name in ("train-tokenizer", "train-generator", "evaluate")), kills
+    smalti("quickstart", *shrunk, "--out", "run")
+    assert files(run.path) == files(finished)
+    leftovers = [path for path in run.path.rglob(".*") if path.is_file()]
+    assert leftovers == []
+
+
+@pytest.mark.parametrize("stage", ["train-tokenizer", "train-generator"])
+def test_ctrl_c_is_told_and_goes_on(finished, smalti, shrunk, files, stage):
+    process = smalti.start("quickstart", *shrunk, "--out", "run")
+    run = RunFolder(smalti.folder / "run")
+    while not (run.state / f"{stage}.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert stderr.endswith("smalti: interrupted; the same command goes on from here\n")
+    assert "Traceback" not in stderr
+    smalti("quickstart", *shrunk, "--out", "run")
+    assert files(run.path) == files(finished)
+
+
+def test_a_second_command_in_the_same_folder_is_refused(finished, smalti, shrunk):
+    shutil.copytree(finished, smalti.folder / "run")
+    run = RunFolder(smalti.folder / "run")
+    with run.locked():
+        _, stderr = smalti("quickstart", *shrunk, "--out", "run", code=2)
+    assert stderr == "smalti: another process is working in run\n"
