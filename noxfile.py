@@ -47,9 +47,8 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Mypy, strict, over packages and examples."""
     sync(session, "--all-packages", "--all-extras", "--group", "types", "--group", "test")
-    for package in PACKAGES:
-        session.run("mypy", "-p", f"smalti.{package}")
-    session.run("mypy", "-p", "smalti_example_tokenizer")
+    names = (*(f"smalti.{package}" for package in PACKAGES), "smalti_example_tokenizer")
+    session.run("mypy", *(argument for name in names for argument in ("-p", name)))
 
 
 @nox.session

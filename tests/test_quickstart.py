@@ -19,7 +19,7 @@ def test_summary_and_report(finished):
     assert summary["frechet_distance"] > 0
     report = (finished / "report.html").read_text()
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", report), "the report must need no other file"
-    for part in ("Trouser", "Ankle boot", "PSNR", "train-tokenizer", "codebook_size: 32"):
+    for part in ("Trouser", "Ankle boot", "PSNR", "Fréchet distance", "codebook_size: 32"):
         assert part in report, part
 
 
@@ -28,7 +28,7 @@ def test_samples(finished):
     assert samples["arr_0"].shape == (100, 32, 32, 3)
     assert samples["arr_1"].tolist() == list(range(10)) * 10
     with Image.open(finished / "samples" / "grid.png") as grid:
-        assert grid.size == (10 * 34 - 2, 10 * 34 - 2)
+        assert grid.size == (10 * 66 - 2, 10 * 66 - 2)
 
 
 def test_the_same_seed_gives_the_same_files(finished, smalti, shrunk, files):

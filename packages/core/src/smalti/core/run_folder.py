@@ -99,7 +99,7 @@ class RunFolder:
             yield
 
     def stages(self) -> dict[str, dict[str, Any]]:
-        """What is known of each stage: `fingerprint`, `done`, `seconds` so far."""
+        """What is known of each stage: `fingerprint`, `done`, `seconds` of the process that finished it."""
         path = self.state / "stages.json"
         return dict(read_json(path, "the state of a run's stages")) if path.exists() else {}
 

@@ -6,20 +6,23 @@ import io
 import shutil
 import zipfile
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from smalti.core import distributed
 from smalti.core.contracts import Generator, Tokenizer
 from smalti.core.data.images import save_grid, to_uint8
 from smalti.core.errors import UserError
-from smalti.core.files import atomic_write, read_json
+from smalti.core.files import atomic_write, read_json, write_bytes
 from smalti.core.noise import mixed_seed
 from smalti.core.sampling_settings import SamplingSettings
 from smalti.core.stage import Stage
 from smalti.core.weights import fingerprint
+
+VISIBLE = 64  # pixels: smaller images are enlarged in the grid by whole factors
 
 
 class Sample(Stage):
@@ -53,8 +56,7 @@ class Sample(Stage):
                 indices = self._indices(chunk).to(context.device)
                 tokens = generator.sample(indices % generator.classes, settings, indices)
                 images = to_uint8(tokenizer.decode(tokens, generator.token_layout))
-                with atomic_write(self._chunk(chunk)) as file:
-                    np.save(file, images)
+                write_bytes(self._chunk(chunk), _npy(images.cpu().numpy()))
                 advance(len(images))
         distributed.barrier()
         if distributed.rank() == 0:
@@ -92,16 +94,21 @@ class Sample(Stage):
                 _write_header(member, (options.count, *first.shape[1:]), first.dtype)
                 for chunk in chunks:
                     member.write(np.load(chunk).tobytes())
-            buffer = io.BytesIO()
-            np.save(buffer, labels)
-            archive.writestr(zipfile.ZipInfo("arr_1.npy"), buffer.getvalue())
+            archive.writestr(zipfile.ZipInfo("arr_1.npy"), _npy(labels))
         columns = min(options.grid_columns, options.count // classes)
         if columns:
             wanted = [index * classes + label for label in range(classes) for index in range(columns)]
             size = options.batch_size
             images = np.stack([np.load(chunks[index // size], mmap_mode="r")[index % size] for index in wanted])
-            save_grid(folder / "grid.png", images, columns)
+            save_grid(folder / "grid.png", images, columns, scale=max(1, VISIBLE // images.shape[1]))
         shutil.rmtree(folder / "chunks")
+
+
+def _npy(array: NDArray[Any]) -> bytes:
+    """The bytes of a `.npy` file; numpy's own writing to a file loses the reason where a disk is full."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
 
 
 def _write_header(member: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,9 @@ def run_in_processes(function: Callable[..., Any], *arguments: Any, processes: i
 
 def _process(rank: int, function: Callable[..., Any], arguments: tuple[Any, ...], processes: int, folder: str) -> None:
     torch.set_num_threads(1)
+    # Accelerate asks the environment, as `torchrun` sets it, and not the process group.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
     try:
         torch.save(function(rank, *arguments), Path(folder) / f"result-{rank}.pt")
