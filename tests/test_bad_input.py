@@ -80,7 +80,7 @@ def test_samples_that_are_damaged(told, run):
 
 
 def test_a_generator_that_cannot_take_the_layout(told, smalti, run):
-    """Four-fold codes in one layout: the AR generator models one stream."""
+    """Scales: the AR generator predicts one token after the other."""
     layout = run / "tokens" / "layout.json"
     layout.write_text(layout.read_text().replace('"kind": "grid"', '"kind": "scales"'))
     reopen(run, "train-generator")

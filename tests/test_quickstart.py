@@ -25,8 +25,8 @@ def test_summary_and_report(finished):
 
 def test_samples(finished):
     samples = np.load(finished / "samples" / "samples.npz")
-    assert samples["arr_0"].shape == (100, 32, 32, 3)
-    assert samples["arr_1"].tolist() == list(range(10)) * 10
+    assert samples["arr_0"].shape == (200, 32, 32, 3)
+    assert samples["arr_1"].tolist() == list(range(10)) * 20
     with Image.open(finished / "samples" / "grid.png") as grid:
         assert grid.size == (10 * 66 - 2, 10 * 66 - 2)
 

@@ -169,9 +169,7 @@ class Generator(nn.Module, Pretrained, ABC):
 
     def __init__(self, options: GeneratorOptions, layout: TokenLayout, classes: int) -> None:
         super().__init__()
-        reason = options.supports(layout)
-        if reason is not None:
-            raise UserError(f"generator {options.name!r} cannot take the layout {layout}: {reason}")
+        check_supports(options, layout)
         if classes < 1:
             raise UserError(f"a generator needs at least one class, got {classes}")
         self.options = options
@@ -233,6 +231,13 @@ class _GeneratorConfig(Options):
     options: Annotated[GeneratorOptions, Slot("generator")]
     layout: TokenLayout
     classes: int
+
+
+def check_supports(options: GeneratorOptions, layout: TokenLayout) -> None:
+    """Raise a `UserError` with the reason where a generator with these options cannot take the layout."""
+    reason = options.supports(layout)
+    if reason is not None:
+        raise UserError(f"generator {options.name!r} cannot take the layout {layout}: {reason}")
 
 
 def check_labels(labels: Tensor, classes: int) -> None:

@@ -61,6 +61,7 @@ class Reporter:
             MofNCompleteColumn(),
             _Rate(unit),
             TimeRemainingColumn(),
+            TextColumn("left"),
             TextColumn("{task.fields[note]}", style="dim"),
         )
         with Progress(*columns, console=self.console, refresh_per_second=4) as progress:

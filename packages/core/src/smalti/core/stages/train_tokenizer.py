@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from smalti.core import distributed
+from smalti.core.contracts import check_supports
 from smalti.core.data.loader import TrainBatches
 from smalti.core.noise import mixed_seed
 from smalti.core.stage import Stage
@@ -26,6 +27,7 @@ class TrainTokenizer(Stage):
         options = recipe.train.tokenizer
         torch.manual_seed(mixed_seed(recipe.seed, self.name, "weights"))
         tokenizer = recipe.tokenizer.build()
+        check_supports(recipe.generator, tokenizer.layout())  # better told now than after the training
         task = TokenizerTask(tokenizer, options)
         batches = TrainBatches(
             recipe.data.train.build(),
