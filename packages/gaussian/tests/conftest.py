@@ -1,17 +1,14 @@
 """Fixtures: the parity helper with its cases, and random Gaussians."""
 
-import gzip
-import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from smalti.core.testing.parity import read_case
 from smalti.gaussian import rasterize_gaussians_2d
 
 PARITY = Path(__file__).parent / "parity"
@@ -28,21 +25,9 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session")
-def parity() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("smalti_gaussian_tests_parity", PARITY / "parity.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
 def load_case() -> Callable[[str], dict[str, Any]]:
-    def load(name: str) -> dict[str, Any]:
-        return json.loads(gzip.decompress((PARITY / f"{name}.json.gz").read_bytes()))
-
-    return load
+    """Parity cases by name."""
+    return lambda name: read_case(PARITY / f"{name}.json.gz")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ does not reproduce it, and it is not compared. Nor are the `cholesky.*` entries:
 import pytest
 import torch
 
+from smalti.core.testing.parity import compare, fill_case_inputs
 from smalti.gaussian import rasterize_gaussians_2d
 from smalti.gaussian.projection import CULL_BLOCK, conics, project
 
@@ -18,8 +19,8 @@ CASES = [
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 5e-4}
 
 
-def _gaussians(parity, case, dtype):
-    config, raw = case["config"], {k: v.double() for k, v in parity.fill_case_inputs(case).items()}
+def _gaussians(case, dtype):
+    config, raw = case["config"], {k: v.double() for k, v in fill_case_inputs(case).items()}
     low, high = config["scale_range"]
     opacities = raw["opacities"].sigmoid() if config["opacity"] == "sigmoid" else torch.ones_like(raw["opacities"])
     values = {
@@ -34,9 +35,9 @@ def _gaussians(parity, case, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_projection(parity, load_case, name, dtype):
+def test_projection(load_case, name, dtype):
     case = load_case(name)
-    gaussians, _ = _gaussians(parity, case, dtype)
+    gaussians, _ = _gaussians(case, dtype)
     height, width = case["config"]["height"], case["config"]["width"]
     got = project(gaussians["means"], gaussians["scales"], gaussians["rotations"], height, width)
     left, right, top, bottom = got.boxes[0].unbind(-1)
@@ -47,7 +48,7 @@ def test_projection(parity, load_case, name, dtype):
         "tiles_hit": (right - left) * (bottom - top) // CULL_BLOCK**2,
     }
     problems = {
-        stage: parity.compare(case["outputs"][stage], value, TOLERANCE[dtype], tokens_equal=1.0)
+        stage: compare(case["outputs"][stage], value, TOLERANCE[dtype], tokens_equal=1.0)
         for stage, value in values.items()
     }
     assert not any(problems.values()), problems
@@ -56,22 +57,22 @@ def test_projection(parity, load_case, name, dtype):
 @pytest.mark.parametrize("backend", ["tiles", "reference"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_image_and_exact_gradients(parity, load_case, render_with_gradients, name, dtype, backend):
+def test_image_and_exact_gradients(load_case, render_with_gradients, name, dtype, backend):
     case = load_case(name)
-    gaussians, upstream = _gaussians(parity, case, dtype)
+    gaussians, upstream = _gaussians(case, dtype)
     height, width = case["config"]["height"], case["config"]["width"]
     got = render_with_gradients(gaussians, height, width, upstream, backend=backend)
-    problems = {"image": parity.compare(case["outputs"]["image"], got["image"][0], TOLERANCE[dtype])}
+    problems = {"image": compare(case["outputs"]["image"], got["image"][0], TOLERANCE[dtype])}
     for key in NAMES:
         expected = case["outputs"][f"grad_exact.{key}"]
-        problems[key] = parity.compare(expected, got[key][0].reshape(expected["shape"]), TOLERANCE[dtype])
+        problems[key] = compare(expected, got[key][0].reshape(expected["shape"]), TOLERANCE[dtype])
     assert not any(problems.values()), problems
 
 
-def test_images_of_a_batch_are_rendered_alone(parity, load_case):
+def test_images_of_a_batch_are_rendered_alone(load_case):
     case = load_case(CASES[1])
-    gaussians, _ = _gaussians(parity, case, torch.float64)
+    gaussians, _ = _gaussians(case, torch.float64)
     batch = {name: torch.cat((torch.zeros_like(value), value)) for name, value in gaussians.items()}
     image = rasterize_gaussians_2d(*(batch[name] for name in NAMES), 32, 32)
     assert not image[0].any()
-    assert not parity.compare(case["outputs"]["image"], image[1], 1e-8)
+    assert not compare(case["outputs"]["image"], image[1], 1e-8)

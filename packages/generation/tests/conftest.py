@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from smalti.core.layout import TokenLayout
+from smalti.core.testing.parity import read_case
 from smalti.generation.ar import AR, AROptions
 
 FOLDER = Path(__file__).parent / "parity"
 
 
 @pytest.fixture(scope="session")
-def parity() -> ModuleType:
-    """The rules by which weights and inputs of a parity case are filled, and outputs compared."""
-    spec = importlib.util.spec_from_file_location("generation_parity", FOLDER / "parity.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
 def load_case() -> Callable[[str], dict[str, Any]]:
     """Parity cases by name."""
-    return lambda name: json.loads(gzip.decompress((FOLDER / f"{name}.json.gz").read_bytes()))
+    return lambda name: read_case(FOLDER / f"{name}.json.gz")
 
 
 @pytest.fixture

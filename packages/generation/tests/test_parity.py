@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from smalti.core.layout import TokenLayout
 from smalti.core.sampling_settings import SamplingSettings
+from smalti.core.testing.parity import compare, fill_case_inputs, fill_state_dict
 from smalti.generation.ar import AR, AROptions
 from smalti.generation.rotary import rotary_table
 from smalti.generation.sampling import at_temperature, guided, top_k, top_p
@@ -44,7 +44,7 @@ def case(request: pytest.FixtureRequest, load_case: Callable[[str], dict[str, An
 
 
 @pytest.fixture(scope="module")
-def model(case: dict[str, Any], parity: ModuleType) -> AR:
+def model(case: dict[str, Any]) -> AR:
     config = case["config"]
     side = math.isqrt(config["block_size"])
     options = AROptions(
@@ -53,14 +53,14 @@ def model(case: dict[str, Any], parity: ModuleType) -> AR:
     assert options.ffn_dim == config["ffn_hidden"]
     with torch.device("meta"):
         model = options.build(TokenLayout.grid(side, side, (config["vocab_size"],)), config["num_classes"])
-    weights = parity.fill_state_dict(case["state_dict"], case["weight_seed"])
+    weights = fill_state_dict(case["state_dict"], case["weight_seed"])
     model.load_state_dict({our_name(key): weight for key, weight in weights.items()}, assign=True)
     return model.eval()
 
 
 @pytest.fixture(scope="module")
-def inputs(case: dict[str, Any], parity: ModuleType) -> dict[str, Tensor]:
-    inputs = parity.fill_case_inputs(case)
+def inputs(case: dict[str, Any]) -> dict[str, Tensor]:
+    inputs = fill_case_inputs(case)
     inputs["labels"][-1] = case["config"]["num_classes"]
     return inputs
 
@@ -85,18 +85,18 @@ def decoded(model: AR, labels: Tensor, scales: list[float]) -> Tensor:
     return torch.stack(tokens, dim=1)
 
 
-def test_rotary_table(case: dict[str, Any], model: AR, parity: ModuleType) -> None:
+def test_rotary_table(case: dict[str, Any], model: AR) -> None:
     table = torch.view_as_real(rotary_table(model.token_layout, model.options.head_dim))
-    assert parity.compare(case["outputs"]["rope_table"], table) == []
+    assert compare(case["outputs"]["rope_table"], table) == []
 
 
-def test_training_logits(case: dict[str, Any], logits: Tensor, parity: ModuleType) -> None:
-    assert parity.compare(case["outputs"]["logits"], logits) == []
+def test_training_logits(case: dict[str, Any], logits: Tensor) -> None:
+    assert compare(case["outputs"]["logits"], logits) == []
 
 
-def test_losses(case: dict[str, Any], model: AR, inputs: dict[str, Tensor], logits: Tensor, parity: ModuleType) -> None:
+def test_losses(case: dict[str, Any], model: AR, inputs: dict[str, Tensor], logits: Tensor) -> None:
     per_token = F.cross_entropy(logits.transpose(1, 2), inputs["tokens"], reduction="none")
-    assert parity.compare(case["outputs"]["token_nll"], per_token) == []
+    assert compare(case["outputs"]["token_nll"], per_token) == []
     # The loss takes no null label, so only the first image can be asked for.
     first = model.loss(inputs["tokens"][:1, :, None], inputs["labels"][:1])["cross_entropy"]
     torch.testing.assert_close(first, per_token[0].mean())
@@ -118,7 +118,7 @@ def test_cached_logits_are_the_training_logits(
 
 
 @torch.inference_mode()
-def test_greedy_tokens(case: dict[str, Any], model: AR, inputs: dict[str, Tensor], parity: ModuleType) -> None:
+def test_greedy_tokens(case: dict[str, Any], model: AR, inputs: dict[str, Tensor]) -> None:
     sampling, labels = case["config"]["sampling"], inputs["sample_labels"]
     steps, scale = sampling["new_tokens"], sampling["cfg_scale"]
     scales = {"greedy_cfg": [scale] * steps, "greedy_no_cfg": [1.0] * steps}
@@ -128,18 +128,16 @@ def test_greedy_tokens(case: dict[str, Any], model: AR, inputs: dict[str, Tensor
     stages = [stage for stage in case["outputs"] if stage.startswith("greedy")]
     assert stages
     for stage in stages:
-        assert parity.compare(case["outputs"][stage], decoded(model, labels, scales[stage])) == [], stage
+        assert compare(case["outputs"][stage], decoded(model, labels, scales[stage])) == [], stage
 
 
-def test_sample_gives_the_greedy_tokens(
-    case: dict[str, Any], model: AR, inputs: dict[str, Tensor], parity: ModuleType
-) -> None:
+def test_sample_gives_the_greedy_tokens(case: dict[str, Any], model: AR, inputs: dict[str, Tensor]) -> None:
     sampling = case["config"]["sampling"]
     if sampling["new_tokens"] < model.token_layout.positions:
         return  # only the beginning is stored; `test_greedy_tokens` compares it
     for stage, scale in {"greedy_cfg": sampling["cfg_scale"], "greedy_no_cfg": 1.0}.items():
         tokens = model.sample(inputs["sample_labels"], SamplingSettings(temperature=0, guidance_scale=scale))
-        assert parity.compare(case["outputs"][stage], tokens[:, :, 0]) == [], stage
+        assert compare(case["outputs"][stage], tokens[:, :, 0]) == [], stage
 
 
 def test_filters(load_case: Callable[[str], dict[str, Any]], case: dict[str, Any], logits: Tensor) -> None:

@@ -6,66 +6,53 @@ Legend: B batch, C image channels, H W pixels, f downsampling factor. Latents ar
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from smalti.core.contracts import Decoder, Encoder, check_images
 from smalti.core.errors import UserError
-from smalti.core.options import DecoderOptions, EncoderOptions
+from smalti.core.options import DecoderOptions, EncoderOptions, Options
 
 Widths = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 
 
-def _check_groups(widths: tuple[int, ...], groups: int) -> None:
-    for width in widths:
-        if width % groups:
-            raise ValueError(f"width {width} cannot be divided into {groups} normalisation groups")
-
-
-class CNNEncoderOptions(EncoderOptions):
-    """Options of `CNNEncoder`.
+class _Levels(Options):
+    """What encoder and decoder have in common.
 
     Args:
-        widths: channels of each level; every level halves the resolution first.
+        widths: channels of each level, from fine to coarse; every level halves the resolution of the one before.
         blocks: residual blocks of a level.
         groups: of the group normalisation.
     """
 
-    name: Literal["cnn"] = "cnn"
     widths: Widths = (32, 64)
     blocks: Annotated[int, Field(ge=0)] = 2
     groups: Annotated[int, Field(ge=1)] = 8
 
     @model_validator(mode="after")
-    def _divisible(self) -> CNNEncoderOptions:
-        _check_groups(self.widths, self.groups)
+    def _divisible(self) -> Self:
+        for width in self.widths:
+            if width % self.groups:
+                raise ValueError(f"width {width} cannot be divided into {self.groups} normalisation groups")
         return self
+
+
+class CNNEncoderOptions(_Levels, EncoderOptions):
+    """Options of `CNNEncoder`: `widths` and `blocks` of its levels, `groups` of its normalisation."""
+
+    name: Literal["cnn"] = "cnn"
 
     def build(self, channels: int) -> CNNEncoder:
         """Build it for images of `channels` channels."""
         return CNNEncoder(self, channels)
 
 
-class CNNDecoderOptions(DecoderOptions):
-    """Options of `CNNDecoder`.
-
-    Args:
-        widths: channels of each level, in the order of the encoder's; every level ends by doubling the resolution.
-        blocks: residual blocks of a level.
-        groups: of the group normalisation.
-    """
+class CNNDecoderOptions(_Levels, DecoderOptions):
+    """Options of `CNNDecoder`: as `CNNEncoderOptions`, levels in the same order."""
 
     name: Literal["cnn"] = "cnn"
-    widths: Widths = (32, 64)
-    blocks: Annotated[int, Field(ge=0)] = 2
-    groups: Annotated[int, Field(ge=1)] = 8
-
-    @model_validator(mode="after")
-    def _divisible(self) -> CNNDecoderOptions:
-        _check_groups(self.widths, self.groups)
-        return self
 
     def build(self, channels: int) -> CNNDecoder:
         """Build it for images of `channels` channels."""

@@ -1,18 +1,18 @@
-"""Reproducible weights and inputs, and compact digests of outputs, for parity cases.
+"""Parity cases: what an original system computes for weights and inputs that follow from seeds.
 
-A case is one JSON file: the published checkpoint's layout (every state-dict key with its shape and
-dtype), the model configuration, and what the original implementation computed when its weights and
-inputs were filled by the rules below. No weights are stored: they follow from (seed, key, shape).
+A case is one JSON file: the published checkpoint's layout (every state-dict key with its shape and dtype), the
+model's configuration, and digests of what the original computed. No weights are stored, they follow from
+(seed, key, shape):
 
+    case = read_case(path)
     weights = fill_state_dict(case["state_dict"], case["weight_seed"])
-    image   = fill_input("image", case["inputs"]["image"]["shape"], case["inputs"]["image"]["seed"])
-    problems = compare(case["outputs"]["latent"], latent)        # [] where it matches
-
-Needs numpy and torch only.
+    inputs = fill_case_inputs(case)
+    problems = compare(case["outputs"]["latent"], latent)  # [] where it matches
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from pathlib import Path
@@ -20,8 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
-SAMPLES = 256  # how many elements of a large output a digest keeps
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:
@@ -109,24 +107,6 @@ def fill_case_inputs(case: dict[str, Any]) -> dict[str, torch.Tensor]:
     return out
 
 
-def digest(value: torch.Tensor) -> dict[str, Any]:
-    """What a case stores of one output: whole when it is small or integer, else sampled elements and moments."""
-    value = value.detach().cpu()
-    entry: dict[str, Any] = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-    flat = value.reshape(-1)
-    if not value.dtype.is_floating_point:
-        entry["values"] = flat.long().tolist()
-        return entry
-    flat = flat.double()
-    entry |= {"mean": flat.mean().item(), "std": flat.std(unbiased=False).item(), "absmax": flat.abs().max().item()}
-    index = np.arange(flat.numel())
-    if flat.numel() > SAMPLES:
-        index = np.sort(_generator(0, str(entry["shape"])).choice(flat.numel(), SAMPLES, replace=False))
-        entry["index"] = index.tolist()
-    entry["values"] = flat[torch.from_numpy(index)].tolist()
-    return entry
-
-
 def compare(
     expected: dict[str, Any], actual: torch.Tensor, rtol: float = 1e-3, tokens_equal: float = 0.995
 ) -> list[str]:
@@ -155,16 +135,8 @@ def compare(
     )
 
 
-def layout_of(state_dict: dict[str, torch.Tensor], constants: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The layout of a state dict, for writing a case; keys in `constants` keep their values."""
-    out = {}
-    for key, value in state_dict.items():
-        entry: dict[str, Any] = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-        if key in constants:
-            entry["constant"] = value.tolist()
-        out[key] = entry
-    return out
-
-
-def load_case(path: str | Path) -> dict[str, Any]:
-    return json.loads(Path(path).read_text())
+def read_case(path: str | Path) -> dict[str, Any]:
+    """A case file, compressed (`.json.gz`) or not."""
+    content = Path(path).read_bytes()
+    case: dict[str, Any] = json.loads(gzip.decompress(content) if str(path).endswith(".gz") else content)
+    return case
