@@ -87,7 +87,7 @@ def packages(session: nox.Session, package: str) -> None:
 @nox.session
 def benchmark(session: nox.Session) -> None:
     """Every hot path against a peer in the same run; ratios go to benchmarks.json."""
-    sync(session, "--all-packages", "--all-extras", "--group", "test")
+    sync(session, "--all-packages", "--all-extras", "--group", "test", "--group", "benchmark")
     raw = Path(session.create_tmp()) / "raw.json"
     session.run(
         "pytest", *(f"packages/{name}/benchmarks" for name in PACKAGES), f"--benchmark-json={raw}", *session.posargs
