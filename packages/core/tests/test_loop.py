@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from smalti.core.errors import UserError
+from smalti.core.layout import TokenLayout
 from smalti.core.progress import Reporter
 from smalti.core.run_folder import RunFolder
 from smalti.core.training import loop
@@ -13,6 +14,7 @@ from smalti.core.training.ema import EMA
 from smalti.core.training.loop import Task, train
 from smalti.core.training.options import Optimization
 from smalti.core.training.schedule import multiplier
+from smalti.core.training.token_health import TokenHealth
 
 
 class Numbers:
@@ -102,9 +104,48 @@ def test_accumulated_gradients_equal_one_large_batch(context):
     torch.testing.assert_close(parts.models["G"].weight, whole.models["G"].weight)
 
 
+class Tokens(Pair):
+    """Beside the pair, tokens: all codes at first, from step 6 on only the first two."""
+
+    def __init__(self):
+        super().__init__()
+        layout = TokenLayout.scales(((1, 1), (1, 3)), (8,))
+        self.health = TokenHealth(SimpleNamespace(layout=lambda: layout))
+        self.health.health.queue = self.health.health.scales[1].queue = 64
+
+    def objectives(self, models, batch, step):
+        tokens = torch.randint(8 if step < 6 else 2, (5, 4, 1))
+        self.health.update(tokens)
+        yield from super().objectives(models, batch, step)
+
+
+def test_a_collapse_is_named_with_its_step(context, monkeypatch):
+    said = []
+    monkeypatch.setattr(context.reporter, "say", said.append)
+    run(context, options(log_every=1), Tokens())
+    lines = context.run.metrics("test")
+    usage = [line["codebook_health"]["usage"][0] for line in lines]
+    (step,) = (line["step"] for line in lines if "collapsed" in line["codebook_health"])
+    best = max(usage[:step])
+    assert usage[step - 1] < best / 2 <= usage[step - 2]
+    assert lines[step - 1]["codebook_health"]["collapsed"] == [0]
+    assert said == [
+        f"test: codebook collapse at step {step}: usage fell to less than half of its best "
+        f"(stream 0 from {best:.1%} to {usage[step - 1]:.1%})"
+    ]
+    assert [len(line["codebook_health"]["usage_of_scales"]) for line in lines] == [2] * 12
+    assert lines[-1]["codebook_health"] | {"perplexity": None} == {
+        "usage": [0.25],
+        "perplexity": None,
+        "dead_codes": [6.0],
+        "usage_of_scales": [[1.0], [0.25]],
+    }
+
+
+@pytest.mark.parametrize("kind", [Pair, Tokens])
 @pytest.mark.parametrize("stop", [1, 4, 5, 7, 11])
-def test_going_on_equals_never_stopping(context, tmp_path, monkeypatch, stop):
-    undisturbed, expected = run(context, options())
+def test_going_on_equals_never_stopping(context, tmp_path, monkeypatch, stop, kind):
+    undisturbed, expected = run(context, options(), kind())
     lines = context.run.metrics("test")
     other = SimpleNamespace(**{**vars(context), "run": RunFolder(tmp_path / "other")})
     other.run.state.mkdir(parents=True)
@@ -122,8 +163,8 @@ def test_going_on_equals_never_stopping(context, tmp_path, monkeypatch, stop):
     with monkeypatch.context() as patch:
         patch.setattr(loop._Loop, "_update", dying)
         with pytest.raises(KillError):
-            run(other, options())
-    resumed, averaged = run(other, options())
+            run(other, options(), kind())
+    resumed, averaged = run(other, options(), kind())
     for name, model in undisturbed.models.items():
         for key, tensor in model.state_dict().items():
             assert torch.equal(tensor, resumed.models[name].state_dict()[key])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from smalti.eval.charts import curves, usage_curves
 from smalti.eval.figures import Figure
 from smalti.eval.report import ClassRow, Report, render
 
@@ -116,6 +117,33 @@ def test_its_charts_name_every_loss_and_take_their_colours_from_the_page(report)
         assert any(f">{label}<" in chart for chart in charts)
     assert not any(re.search(r"#0[0-9a]0[0-9a-f]0[0-9]", chart) for chart in charts)
     assert all("var(--series-1)" in chart for chart in charts)
+
+
+def _health(step, usage, **more):
+    found = {"usage": usage, "perplexity": [5.0] * len(usage), "dead_codes": [1.0] * len(usage), **more}
+    return {"stage": "train-tokenizer", "step": step, "learning_rate": 0.1, "l2": 1.0, "codebook_health": found}
+
+
+def test_usage_over_training_has_a_chart_of_its_own(report):
+    assert usage_curves(report.curves["classifier"]) is None
+    lines = [_health(10, [0.9, 0.8]), _health(20, [0.95, 0.3], collapsed=[1])]
+    chart = usage_curves(lines)
+    for label in ("stream 1", "stream 2", "collapse", "codes in use (%)"):
+        assert f">{label}<" in chart
+    assert ">stream 3<" not in chart
+    assert ">collapse<" not in usage_curves(lines[:1])
+    assert "codebook" not in curves(lines)
+    one = usage_curves([_health(10, [0.9])])
+    assert ">usage<" in one
+    page = render(replace(report, curves={"train-tokenizer": lines}))
+    assert "Tokenizer: codes in use" in page
+    assert chart in page
+
+
+def test_usage_of_scales_is_drawn_by_scale():
+    lines = [_health(step, [0.5], usage_of_scales=[[0.1], [0.9]]) for step in (1, 2)]
+    assert ">scale 2<" in usage_curves(lines)
+    assert ">scale 3<" not in usage_curves(lines)
 
 
 def test_the_same_report_is_the_same_text(report):

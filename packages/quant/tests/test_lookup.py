@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,13 +37,80 @@ def test_sizes(vectors: int, codes: int) -> None:
     assert torch.equal(nearest_code(points, codebook), nearest_code_plain(points, codebook))
 
 
+@pytest.fixture(params=["packed", "plain"])
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Once with PyTorch's private operators and once as if it did not have them."""
+    assert lookup._packs(torch.zeros(1, 1)), "this PyTorch has lost them: half of the speed is gone"
+    if request.param == "plain":
+        monkeypatch.setattr(lookup, "_has_operators", lambda names: False)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("rows", [1, 16, 37, 100])
-def test_blocks_of_any_height_give_the_same(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+@pytest.mark.parametrize("group", [1, 3, 16])
+@pytest.mark.usefixtures("arithmetic")
+def test_blocks_and_groups_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch, rows: int, group: int) -> None:
     generator = torch.Generator().manual_seed(0)
     points, codebook = _integers(generator, 100, 4), _integers(generator, 50, 4)
     monkeypatch.setattr(lookup, "MIN_ROWS", 1)
     monkeypatch.setattr(lookup, "CPU_BLOCK", rows * len(codebook))
+    monkeypatch.setattr(lookup, "GROUP", group)
+    monkeypatch.setattr(lookup, "MIN_GROUPS", 1)
     assert torch.equal(nearest_code(points, codebook), nearest_code_plain(points, codebook))
+
+
+@pytest.mark.parametrize(("codes", "dim"), [(1, 1), (511, 8), (512, 1), (1000, 8), (2048, 3)])
+@pytest.mark.usefixtures("arithmetic")
+def test_real_groups_with_ties(codes: int, dim: int) -> None:
+    """Small whole numbers: many codes are equal, and the first of them may be in any group."""
+    generator = torch.Generator().manual_seed(codes)
+    points, codebook = _integers(generator, 300, dim), _integers(generator, codes, dim)
+    assert torch.equal(nearest_code(points, codebook), nearest_code_plain(points, codebook))
+
+
+@pytest.mark.parametrize(("codes", "dim", "cosine"), [(4096, 8, True), (2000, 32, False), (1024, 256, False)])
+@pytest.mark.usefixtures("arithmetic")
+def test_the_indices_of_float64(codes: int, dim: int, cosine: bool) -> None:
+    generator = torch.Generator().manual_seed(dim)
+    points, codebook = (torch.randn(rows, dim, generator=generator) for rows in (1500, codes))
+    if cosine:
+        points, codebook = F.normalize(points), F.normalize(codebook)
+    found = nearest_code(points, codebook)
+    assert torch.equal(found, torch.cdist(points.double(), codebook.double()).argmin(1))
+    assert torch.equal(found, nearest_code(points.double(), codebook.double()))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.usefixtures("arithmetic")
+def test_what_is_not_finite_gets_a_code_that_exists(value: float) -> None:
+    points = torch.randn(40, 8)
+    points[7, 3] = value
+    codebook = torch.randn(1000, 8)
+    found = nearest_code(points, codebook)
+    assert 0 <= found.min() <= found.max() < 1000
+    others = torch.arange(40) != 7
+    assert torch.equal(found[others], nearest_code(points[others], codebook))
+
+
+def test_less_precise_products_do_not_change_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    points, codebook = torch.randn(300, 16), torch.randn(600, 16)
+    expected = nearest_code(points, codebook)
+    scores = lookup._scores
+    during: list[str] = []
+
+    def watched(codes: torch.Tensor, rows: int) -> Any:
+        during.append(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
+        return scores(codes, rows)
+
+    monkeypatch.setattr(lookup, "_scores", watched)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(nearest_code(points, codebook), expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert during == ["ieee"]
 
 
 def test_first_of_equal_codes_wins() -> None:
@@ -58,7 +126,8 @@ def test_random_vectors_get_a_code_as_near_as_any() -> None:
     torch.testing.assert_close(found, distances.min(1).values, rtol=1e-6, atol=0)
 
 
-def test_never_holds_all_scores() -> None:
+@pytest.mark.parametrize("codes", [1024, 2**18])
+def test_never_holds_all_scores(codes: int) -> None:
     class Largest(TorchDispatchMode):
         elements = 0
 
@@ -68,10 +137,18 @@ def test_never_holds_all_scores() -> None:
                 self.elements = max(self.elements, result.numel())
             return result
 
-    points, codebook = torch.randn(4096, 2), torch.randn(1024, 2)
+    points, codebook = torch.randn(4096, 2), torch.randn(codes, 2)
     with Largest() as largest:
-        nearest_code(points, codebook)
-    assert largest.elements == lookup.CPU_BLOCK < len(points) * len(codebook)
+        lookup.nearest_code_in_blocks(points, codebook)
+    assert largest.elements <= max(lookup.CPU_BLOCK, lookup.MIN_ROWS * codes)
+    assert 8 * largest.elements <= len(points) * codes
+
+
+def test_compiles_as_one_operator() -> None:
+    points, codebook = torch.randn(100, 4), torch.randn(700, 4)
+    compiled = torch.compile(lambda x, e: nearest_code(x, e) + 1, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(points, codebook), nearest_code(points, codebook) + 1)
+    torch.library.opcheck(torch.ops.smalti.nearest_code.default, (points, codebook))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

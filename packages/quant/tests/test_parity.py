@@ -1,4 +1,4 @@
-"""The numbers of the original systems, from weights and inputs that seeds determine."""
+"""Quantizer and usage parts of cases of other families; the families of quantizers are in test_parity_cases.py."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smalti.quant.ema import EmaStatistics
-from smalti.quant.health import CodebookHealth
-from smalti.quant.lookup import nearest_code
+from smalti.core.codebook_health import CodebookHealth
 from smalti.quant.vector import VectorQuantizer, VectorQuantizerOptions
 
 
@@ -32,36 +30,6 @@ def _pair(value: Tensor | float) -> Tensor:
     return torch.tensor([torch.as_tensor(value).item(), 0.0])
 
 
-@pytest.mark.parametrize(
-    ("name", "key", "gradient"),
-    [
-        ("quant-vistok-vq", "codebook.weight", "grad_codebook_weight"),
-        ("quant-taming-vq2-fixed", "embedding.weight", "grad_embedding"),
-    ],
-)
-def test_euclidean(parity: ModuleType, name: str, key: str, gradient: str) -> None:
-    case = parity.load_case(name)
-    inputs, expected = parity.inputs(case), case["outputs"]
-    quantizer = _built(parity.weight(case, key)).train()
-    latent = inputs["latent"].movedim(1, -1).requires_grad_()
-    quantized = quantizer(latent)
-    total = sum(quantized.losses.values())
-    ((_first(quantized.latent) * inputs["probe"]).sum() + total).backward()
-
-    found = {
-        "quantized": _first(quantized.latent),
-        "indices": quantized.tokens.view(latent.shape[:-1]),
-        "grad_latent": _first(latent.grad),
-        gradient: quantizer.codebook.grad,
-        "quant_loss": _pair(total),
-        "loss_commit": _pair(quantized.losses["commitment"] / 0.25),
-        "loss_vq": _pair(quantized.losses["codebook"]),
-    }
-    assert len(expected.keys() & found.keys()) == len(expected.keys() - {"perplexity"})
-    for stage in expected.keys() & found.keys():
-        assert parity.compare(expected[stage], found[stage]) == [], stage
-
-
 def test_llamagen_cosine(parity: ModuleType) -> None:
     case = parity.load_case("llamagen-vq-ds8-quantizer")
     latent, expected = parity.inputs(case)["latent"], case["outputs"]
@@ -78,18 +46,6 @@ def test_llamagen_cosine(parity: ModuleType) -> None:
     losses = quantizer.train()(latent).losses
     found = torch.stack([losses["codebook"], losses["commitment"], torch.tensor(0.0)])
     assert parity.compare(expected["train_losses"], found) == []
-
-
-def test_ema_with_laplace_smoothing(parity: ModuleType) -> None:
-    case = parity.load_case("quant-taming-embedding-ema")
-    inputs, expected = parity.inputs(case), case["outputs"]
-    tokens = nearest_code(inputs["latent"], inputs["weight"])
-    statistics = EmaStatistics(inputs["weight"], decay=0.99)
-    codebook = statistics.update(tokens, inputs["latent"])
-    assert parity.compare(expected["indices"], tokens) == []
-    assert parity.compare(expected["cluster_size"], statistics.counts) == []
-    assert parity.compare(expected["embed_avg"], statistics.sums) == []
-    assert parity.compare(expected["weight_after"], codebook) == []
 
 
 @pytest.mark.parametrize(("queue", "window"), [(None, "all"), (1500, "queue")])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from smalti.quant.health import CodebookHealth
+from smalti.core.codebook_health import CodebookHealth
 from smalti.quant.vector import VectorQuantizerOptions
 
 STEP = {"dim": 4, "codebook_size": 24, "update": "ema", "revive_after": 5}
@@ -42,7 +42,7 @@ def results(data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> A
 def test_replicas_stay_equal_to_the_last_bit(results: Any, update: str) -> None:
     first, second = (result[update] for result in results)
     assert bool(first["1.initialised"])
-    assert first["1.step"] == 6
+    assert first["1.revival.step"] == 6
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
 

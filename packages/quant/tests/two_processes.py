@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from smalti.core.codebook_health import CodebookHealth
 from smalti.core.testing.processes import run_in_processes
-from smalti.quant.health import CodebookHealth
 from smalti.quant.vector import VectorQuantizerOptions
 
 

@@ -1,4 +1,15 @@
-"""Weights and inputs of parity cases from their seeds, and the comparison with what the originals computed."""
+"""Reproducible weights and inputs, and compact digests of outputs, for parity cases.
+
+A case is one JSON file: the published checkpoint's layout (every state-dict key with its shape and
+dtype), the model configuration, and what the original implementation computed when its weights and
+inputs were filled by the rules below. No weights are stored: they follow from (seed, key, shape).
+
+    weights = fill_state_dict(case["state_dict"], case["weight_seed"])
+    image   = fill_input("image", case["inputs"]["image"]["shape"], case["inputs"]["image"]["seed"])
+    problems = compare(case["outputs"]["latent"], latent)        # [] where it matches
+
+Needs numpy and torch only.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +22,162 @@ from typing import Any
 import numpy as np
 import torch
 
-
-def load_case(name: str) -> dict[str, Any]:
-    content = gzip.decompress((Path(__file__).parent / f"{name}.json.gz").read_bytes())
-    case: dict[str, Any] = json.loads(content)
-    return case
+SAMPLES = 256  # how many elements of a large output a digest keeps
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:8], "little")))
+
+
+def fill_tensor(key: str, shape: list[int], dtype: str, seed: int) -> torch.Tensor:
+    """The value of state-dict entry `key` under `seed`.
+
+    Integer and bool entries are zeros. Floating entries, in this order of rules: a running variance
+    lies in [1, 2); an entry of two or more axes is normal with standard deviation
+    1/sqrt(elements per output row); a one-axis `weight`, `gamma`, `scale` is 1 + 0.1 normal; anything
+    else is 0.1 normal.
+    """
+    kind = getattr(torch, dtype)
+    if not kind.is_floating_point:
+        return torch.zeros(shape, dtype=kind)
+    random = _generator(seed, key)
+    last = key.rsplit(".", 1)[-1]
+    if last == "running_var":
+        values = 1.0 + random.random(shape)
+    elif len(shape) >= 2:
+        fan_in = max(1, int(np.prod(shape[1:])))
+        values = random.standard_normal(shape) / np.sqrt(fan_in)
+    elif len(shape) == 1 and last in ("weight", "gamma", "scale"):
+        values = 1.0 + 0.1 * random.standard_normal(shape)
+    else:
+        values = 0.1 * random.standard_normal(shape)
+    return torch.from_numpy(np.asarray(values, dtype=np.float64)).to(kind)
+
+
+def fill_state_dict(layout: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
+    """A whole state dict. `layout` maps a key to {"shape": [...], "dtype": "float32"}.
+
+    An entry that also has "constant" (a nested list) takes that value. An entry marked "computed" is a
+    buffer that the original builds itself (masks, frequency tables): published files may hold it, it is
+    left out here, and a loader must accept it either way. An entry marked "unused" is filled like any
+    other; a re-implementation may ignore it. "fill_as" and "fill_seed" replace the key and the seed that
+    the rule uses (an averaged copy that equals, or differs from, the plain weights).
+    """
+    out = {}
+    for key, entry in layout.items():
+        if entry.get("computed"):
+            continue
+        if "constant" in entry:
+            out[key] = torch.tensor(entry["constant"], dtype=getattr(torch, entry["dtype"])).reshape(entry["shape"])
+        else:
+            name, its_seed = entry.get("fill_as", key), entry.get("fill_seed", seed)
+            out[key] = fill_tensor(name, entry["shape"], entry["dtype"], its_seed)
+    return out
+
+
+def fill_input(name: str, shape: list[int], seed: int, kind: str = "image", high: int | None = None) -> torch.Tensor:
+    """An input: kind "image" is smooth, in [-1, 1]; "normal" is standard normal; "tokens" is int64 in [0, high)."""
+    random = _generator(seed, "input:" + name)
+    if kind == "tokens":
+        return torch.from_numpy(random.integers(0, high, size=shape))
+    values = random.standard_normal(shape)
+    if kind == "normal":
+        return torch.from_numpy(values).float()
+    if kind != "image":
+        raise ValueError(f"unknown input kind {kind!r}")
+    # a few random plane waves per channel, so that neighbouring pixels agree as they do in photographs
+    batch, channels, height, width = shape
+    yy, xx = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
+    out = np.zeros(shape)
+    for b in range(batch):
+        for c in range(channels):
+            for _ in range(6):
+                fy, fx = random.uniform(-6, 6, 2)
+                out[b, c] += random.standard_normal() * np.cos(
+                    2 * np.pi * (fy * yy + fx * xx) + random.uniform(0, 6.28)
+                )
+    out += 0.05 * values
+    return torch.from_numpy(np.tanh(0.5 * out)).float()
+
+
+def fill_case_inputs(case: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """All inputs of a case by name; an input that has "scale" is multiplied by it."""
+    out = {}
+    for name, entry in case["inputs"].items():
+        value = fill_input(name, entry["shape"], entry["seed"], entry.get("kind", "image"), entry.get("high"))
+        out[name] = value * entry["scale"] if "scale" in entry else value
+    return out
+
+
+def digest(value: torch.Tensor) -> dict[str, Any]:
+    """What a case stores of one output: whole when it is small or integer, else sampled elements and moments."""
+    value = value.detach().cpu()
+    entry: dict[str, Any] = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    flat = value.reshape(-1)
+    if not value.dtype.is_floating_point:
+        entry["values"] = flat.long().tolist()
+        return entry
+    flat = flat.double()
+    entry |= {"mean": flat.mean().item(), "std": flat.std(unbiased=False).item(), "absmax": flat.abs().max().item()}
+    index = np.arange(flat.numel())
+    if flat.numel() > SAMPLES:
+        index = np.sort(_generator(0, str(entry["shape"])).choice(flat.numel(), SAMPLES, replace=False))
+        entry["index"] = index.tolist()
+    entry["values"] = flat[torch.from_numpy(index)].tolist()
+    return entry
+
+
+def compare(
+    expected: dict[str, Any], actual: torch.Tensor, rtol: float = 1e-3, tokens_equal: float = 0.995
+) -> list[str]:
+    """What differs, in words; empty where the output matches.
+
+    Floats: |actual - expected| <= rtol * expected std, at every stored element. Integers: at least
+    `tokens_equal` of them equal (a tie of two codes may fall either way).
+    """
+    if list(actual.shape) != expected["shape"]:
+        return [f"shape {list(actual.shape)}, expected {expected['shape']}"]
+    flat = actual.detach().cpu().reshape(-1)
+    if "mean" not in expected:
+        same = (flat.long() == torch.tensor(expected["values"])).double().mean().item()
+        return [] if same >= tokens_equal else [f"{same:.2%} of the integers equal, expected {tokens_equal:.1%}"]
+    flat = flat.double()
+    if not torch.isfinite(flat).all():
+        return ["not finite"]
+    index = torch.tensor(expected.get("index", list(range(flat.numel()))), dtype=torch.long)
+    error = (flat[index] - torch.tensor(expected["values"], dtype=torch.float64)).abs().max().item()
+    # one element has no spread: its own size is the scale
+    scale = max(expected["std"] if flat.numel() > 1 else expected["absmax"], 1e-6)
+    return (
+        []
+        if error <= rtol * scale
+        else [f"largest error {error:.3g} is {error / scale:.3g} of the expected std {scale:.3g}"]
+    )
+
+
+def layout_of(state_dict: dict[str, torch.Tensor], constants: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The layout of a state dict, for writing a case; keys in `constants` keep their values."""
+    out = {}
+    for key, value in state_dict.items():
+        entry: dict[str, Any] = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        if key in constants:
+            entry["constant"] = value.tolist()
+        out[key] = entry
+    return out
+
+
+def read_case(path: str | Path) -> dict[str, Any]:
+    """A case file, compressed or not."""
+    content = Path(path).read_bytes()
+    case: dict[str, Any] = json.loads(gzip.decompress(content) if str(path).endswith(".gz") else content)
+    return case
+
+
+def load_case(name: str) -> dict[str, Any]:
+    content = gzip.decompress((Path(__file__).parent / f"{name}.json.gz").read_bytes())
+    case: dict[str, Any] = json.loads(content)
+    return case
 
 
 def weight(case: dict[str, Any], key: str) -> torch.Tensor:
@@ -43,21 +200,3 @@ def _input(name: str, entry: dict[str, Any]) -> torch.Tensor:
         return torch.from_numpy(random.integers(0, entry["high"], size=entry["shape"]))
     assert entry["kind"] == "normal"
     return torch.from_numpy(random.standard_normal(entry["shape"])).float()
-
-
-def compare(expected: dict[str, Any], actual: torch.Tensor, rtol: float = 1e-3) -> list[str]:
-    """What differs, in words; empty where the output matches.
-
-    Floats: off by at most `rtol` times the standard deviation of the original's output, at every stored element.
-    Integers: at least 99.5 % equal, since a tie of two codes may fall either way.
-    """
-    if list(actual.shape) != expected["shape"]:
-        return [f"shape {list(actual.shape)}, expected {expected['shape']}"]
-    flat = actual.detach().reshape(-1)
-    if "mean" not in expected:
-        same = (flat == torch.tensor(expected["values"])).double().mean().item()
-        return [] if same >= 0.995 else [f"{same:.2%} of the integers equal"]
-    index = torch.tensor(expected.get("index", list(range(flat.numel()))), dtype=torch.long)
-    error = (flat.double()[index] - torch.tensor(expected["values"], dtype=torch.float64)).abs().max().item()
-    scale = max(expected["std"], 1e-6)
-    return [] if error <= rtol * scale else [f"largest error {error:.3g} is {error / scale:.3g} of the std {scale:.3g}"]

@@ -254,3 +254,18 @@ def check_images(images: Tensor, channels: int) -> None:
         raise UserError(
             f"images must be float (B, {channels}, H, W) in [-1, 1], got {images.dtype} {tuple(images.shape)}"
         )
+
+
+def check_tokens(tokens: Tensor, vocab: tuple[int, ...]) -> None:
+    """Raise a `UserError` unless `tokens` is int64 `(B, L, S)` with stream s in `[0, vocab[s])`."""
+    if tokens.ndim != 3 or tokens.shape[-1] != len(vocab) or tokens.dtype != torch.int64:
+        raise UserError(f"tokens must be int64 (B, L, {len(vocab)}), got {tokens.dtype} {tuple(tokens.shape)}")
+    if tokens.numel() == 0 or torch.compiler.is_compiling():
+        return  # values cannot be looked at within a compiled graph
+    lowest, highest = (bound.tolist() for bound in torch.aminmax(tokens.reshape(-1, len(vocab)), dim=0))
+    for stream, size in enumerate(vocab):
+        if lowest[stream] < 0 or highest[stream] >= size:
+            wrong = lowest[stream] if lowest[stream] < 0 else highest[stream]
+            raise UserError(
+                f"token {wrong} of stream {stream} is out of range: there are {size} codes, 0 to {size - 1}"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
@@ -40,6 +41,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
 }
+HEALTH = "codebook_health"  # in the lines of a training that sees tokens
 LOG_SPREAD = 20.0
 MOST_POINTS = 1024
 
@@ -47,9 +49,10 @@ MOST_POINTS = 1024
 def curves(lines: Sequence[dict[str, Any]]) -> str:
     """Every loss of one stage over its steps; `lines` are those of `metrics.jsonl`.
 
-    The scale is logarithmic where the values are positive and differ by more than `LOG_SPREAD` times.
+    Codebook health has a chart of its own, `usage_curves`. The scale is logarithmic where the values are positive
+    and differ by more than `LOG_SPREAD` times.
     """
-    names = [name for name in lines[-1] if name not in ("stage", "step", "learning_rate")]
+    names = [name for name in lines[-1] if name not in ("stage", "step", "learning_rate", HEALTH)]
     series = {name: [(line["step"], line[name]) for line in lines if name in line] for name in names}
 
     def draw(axes: Axes) -> None:
@@ -58,14 +61,55 @@ def curves(lines: Sequence[dict[str, Any]]) -> str:
         values = [value for points in series.values() for _, value in points]
         if min(values) > 0 and max(values) > LOG_SPREAD * min(values):
             axes.set_yscale("log")
-        axes.set_xlabel("step")
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.margins(x=0.02)
-        columns = min(len(series), 2)
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, handlelength=1.2, columnspacing=1.2)
+        _over_steps(axes, min(len(series), 2))
 
     return _svg(draw, 3.5, 2.7)
+
+
+def usage_curves(lines: Sequence[dict[str, Any]]) -> str | None:
+    """Usage of the codebooks over the steps of a training, None where its lines say nothing about it.
+
+    One curve for each scale, the mean over its streams, where there are scales; else one for each stream.
+    Dots mark the streams that collapsed.
+    """
+    known = [line for line in lines if HEALTH in line]
+    if not known:
+        return None
+    steps = [line["step"] for line in known]
+    health = [line[HEALTH] for line in known]
+    if "usage_of_scales" in health[-1]:
+        kind, values = "scale", [[fmean(usage) for usage in found["usage_of_scales"]] for found in health]
+    else:
+        kind, values = "stream", [found["usage"] for found in health]
+    falls = [
+        (step, 100 * found["usage"][stream])
+        for step, found in zip(steps, health, strict=True)
+        for stream in found.get("collapsed", ())
+    ]
+
+    def draw(axes: Axes) -> None:
+        count = len(values[-1])
+        for index, color in enumerate(_colors(count)):
+            percent = [100 * value[index] for value in values]
+            label = f"{kind} {index + 1}" if count > 1 else "usage"
+            # Ten scales share six colours.
+            dashes = ("-", "--", ":")[index // len(SERIES) % 3]
+            axes.plot(steps, percent, color=color, linestyle=dashes, linewidth=1.7, label=label)
+        if falls:
+            axes.plot(*zip(*falls, strict=True), "o", color=INK, markersize=5, label="collapse")
+        axes.set_ylabel("codes in use (%)")
+        axes.set_ylim(0, 103)
+        _over_steps(axes, 3)
+
+    return _svg(draw, 3.5, 2.7)
+
+
+def _over_steps(axes: Axes, columns: int) -> None:
+    axes.set_xlabel("step")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.margins(x=0.02)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, handlelength=1.2, columnspacing=1.2)
 
 
 def code_frequencies(counts: Sequence[NDArray[np.int64]]) -> str:

@@ -223,7 +223,7 @@ class Evaluate(Stage):
                 if (lines := run.metrics(stage))
             },
             pairs=[(original.numpy(), copy.numpy()) for original, copy in reconstructed.pairs],
-            code_counts=[counts.numpy() for counts in reconstructed.usage.counts],
+            code_counts=[counts.numpy() for counts in reconstructed.code_counts],
             rows=shown,
             samples=_first_of_each(samples, len(shown), self.options.shown_samples),
             protocol=protocol,

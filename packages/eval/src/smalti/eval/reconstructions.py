@@ -12,21 +12,21 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from smalti.core.codebook_health import PERPLEXITY_DEFINITION, USAGE_DEFINITION, CodebookHealth, figures_of
 from smalti.core.contracts import Tokenizer
 from smalti.core.data.images import to_uint8
 from smalti.core.errors import UserError
 from smalti.core.progress import Advance
 from smalti.eval.figures import Figure
 from smalti.eval.pairwise import PSNR_DEFINITION, SSIM_DEFINITION, psnr, ssim
-from smalti.eval.token_usage import PERPLEXITY_DEFINITION, USAGE_DEFINITION, TokenUsage
 
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """The figures, the code counts, and pairs `(original, reconstruction)` of uint8 `(H, W, 3)` to show."""
+    """The figures, int64 code counts `(K,)` by stream, and pairs `(original, reconstruction)` of uint8 `(H, W, 3)`."""
 
     figures: list[Figure]
-    usage: TokenUsage
+    code_counts: list[Tensor]
     pairs: list[tuple[Tensor, Tensor]]
 
 
@@ -44,14 +44,14 @@ def measure_reconstructions(
     Raises:
         UserError: no image, or images too small for SSIM.
     """
-    usage = TokenUsage(tokenizer.layout().vocab)
+    health = CodebookHealth(tokenizer.layout().vocab)
     noise: list[Tensor] = []
     similarity: list[Tensor] = []
     pairs: list[tuple[Tensor, Tensor]] = []
     channels, seen = tokenizer.preprocessing.channels, 0
     for images in batches:
         tokens = tokenizer.encode(images)
-        usage.update(tokens)
+        health.update(tokens)
         originals, copies = to_uint8(images), to_uint8(tokenizer.decode(tokens))
         # Grey is repeated in these; one channel tells the same.
         planes = [pixels[..., :channels].movedim(-1, 1) for pixels in (copies, originals)]
@@ -63,6 +63,7 @@ def measure_reconstructions(
         advance(len(images))
     if not noise:
         raise UserError("there is no validation image to reconstruct")
+    usage = figures_of(health.counts)  # of this process: the others do not measure
     count = sum(map(len, noise))
     subject = f"reconstructions of the {count} validation images, 8 bits"
     originals_are = "the same images after the tokenizer's preprocessing, 8 bits"
@@ -88,7 +89,7 @@ def measure_reconstructions(
         Figure(
             name="codebook_usage",
             title="Codebook usage",
-            value=fmean(usage.usage),
+            value=fmean(usage["usage"]),
             unit="share",
             definition=USAGE_DEFINITION,
             measured=codes,
@@ -96,10 +97,10 @@ def measure_reconstructions(
         Figure(
             name="codebook_perplexity",
             title="Codebook perplexity",
-            value=fmean(usage.perplexity),
+            value=fmean(usage["perplexity"]),
             unit="codes",
             definition=PERPLEXITY_DEFINITION,
             measured=codes,
         ),
     ]
-    return Reconstructions(figures, usage, pairs)
+    return Reconstructions(figures, [counts.cpu() for counts in health.counts], pairs)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smalti.core.data.images import png_bytes
-from smalti.eval.charts import code_frequencies, curves
+from smalti.eval.charts import code_frequencies, curves, usage_curves
 from smalti.eval.figures import Figure
 
 Image = NDArray[np.uint8]
@@ -101,15 +101,25 @@ def render(report: Report) -> str:
             f"{figures['codebook_perplexity'].text()} used evenly."
         ),
         codes=code_frequencies(report.code_counts),
-        curves="\n".join(
-            f'<div class="card chart"><h3>{escape(TITLES.get(stage, stage))}</h3>{curves(lines)}</div>'
-            for stage, lines in report.curves.items()
-        ),
+        curves="\n".join(_charts(report)),
         table="\n".join(_table_row(figure) for figure in figures.values()),
         protocol=escape(json.dumps(report.protocol, indent=2)),
         resolved_recipe=escape(report.resolved_recipe),
         footer=escape(f"{libraries}."),
     )
+
+
+def _charts(report: Report) -> Iterator[str]:
+    for stage, lines in report.curves.items():
+        title = TITLES.get(stage, stage)
+        yield _chart(title, curves(lines))
+        usage = usage_curves(lines)
+        if usage is not None:
+            yield _chart(f"{title}: codes in use", usage)
+
+
+def _chart(title: str, drawing: str) -> str:
+    return f'<div class="card chart"><h3>{escape(title)}</h3>{drawing}</div>'
 
 
 def _tiles(report: Report) -> list[str]:

@@ -1,4 +1,4 @@
 """Quantizers of image latents behind one contract.
 
-Import what you need from its module: `smalti.quant.vector`, `smalti.quant.lookup`, `smalti.quant.health`.
+Import what you need from its module: `smalti.quant.vector`, `smalti.quant.lookup`.
 """

@@ -56,20 +56,22 @@ def _draw(size: int, count: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def kmeans(vectors: Tensor, means: Tensor, iterations: int, *, cosine: bool) -> Tensor:
+def kmeans(vectors: Tensor, means: Tensor, iterations: int, *, cosine: bool) -> tuple[Tensor, Tensor]:
     """Lloyd's algorithm over the vectors of all processes.
 
     Args:
         vectors: float `(N, D)`; of unit length where `cosine`.
         means: float `(K, D)`, where to start.
-        iterations: assignments followed by averaging.
+        iterations: assignments followed by averaging, at least 1.
         cosine: scale means to unit length after averaging (spherical k-means).
 
     Returns:
-        Means `(K, D)`; one without vectors stays where it was.
+        Means `(K, D)`, of which one without vectors stays where it was, and how many vectors each of them is the mean
+        of, `(K,)`.
     """
+    counts = means.new_zeros(len(means))
     for _ in range(iterations):
         sums, counts = cluster_sums(nearest_code(vectors, means), vectors, len(means))
         averages = F.normalize(sums, dim=1, eps=1e-12) if cosine else sums / counts.clamp(min=1)[:, None]
         means = torch.where(counts[:, None] > 0, averages, means)
-    return means
+    return means, counts

@@ -35,16 +35,16 @@ class EmaStatistics(nn.Module):
 
     @torch.no_grad()
     def update(self, tokens: Tensor, vectors: Tensor) -> Tensor:
-        """Take in vectors `(N, D)` with their codes `(N,)`; returns the new codebook `(K, D)`."""
+        """Take in vectors `(N, D)` with their codes `(N,)`; returns how many each code got, `(K,)`, everywhere."""
         sums, counts = cluster_sums(tokens, vectors, len(self.counts))
         self.counts.lerp_(counts.to(self.counts.dtype), 1 - self.decay)
         self.sums.lerp_(sums.to(self.sums.dtype), 1 - self.decay)
+        return counts
+
+    def codebook(self, *, smoothing: bool = True) -> Tensor:
+        """The codes `(K, D)` that the statistics tell; without smoothing not finite where a count is 0."""
+        if not smoothing:
+            return self.sums / self.counts[:, None]
         total = self.counts.sum()
         smoothed = (self.counts + LAPLACE) / (total + len(self.counts) * LAPLACE) * total
         return self.sums / smoothed[:, None]
-
-    @torch.no_grad()
-    def restart(self, rows: Tensor, codes: Tensor) -> None:
-        """Forget the codes with indices `rows` `(n,)`: they start again at `codes` `(n, D)` with a count of 1."""
-        self.counts[rows] = 1.0
-        self.sums[rows] = codes.to(self.sums.dtype)

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from smalti.core.contracts import check_tokens as check_tokens
 from smalti.core.errors import UserError
 
 
@@ -31,21 +32,6 @@ def check_latent(latent: Tensor, dim: int, *, training: bool) -> None:
         )
     if training and latent.numel() == 0:
         raise UserError(f"a training batch needs at least one token, got a latent of {tuple(latent.shape)}")
-
-
-def check_tokens(tokens: Tensor, vocab: tuple[int, ...]) -> None:
-    """Raise a `UserError` unless `tokens` is int64 `(B, L, S)` with stream s in `[0, vocab[s])`."""
-    if tokens.ndim != 3 or tokens.shape[-1] != len(vocab) or tokens.dtype != torch.int64:
-        raise UserError(f"tokens must be int64 (B, L, {len(vocab)}), got {tokens.dtype} {tuple(tokens.shape)}")
-    if tokens.numel() == 0:
-        return
-    lowest, highest = (bound.tolist() for bound in torch.aminmax(tokens.reshape(-1, len(vocab)), dim=0))
-    for stream, size in enumerate(vocab):
-        if lowest[stream] < 0 or highest[stream] >= size:
-            wrong = lowest[stream] if lowest[stream] < 0 else highest[stream]
-            raise UserError(
-                f"token {wrong} of stream {stream} is out of range: there are {size} codes, 0 to {size - 1}"
-            )
 
 
 def check_token_space(tokens: Tensor, space: tuple[int, ...], vocab: tuple[int, ...]) -> None:

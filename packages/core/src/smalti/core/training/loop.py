@@ -29,6 +29,7 @@ from smalti.core.training.checkpoint import load_state, save_state
 from smalti.core.training.ema import EMA
 from smalti.core.training.options import Optimization
 from smalti.core.training.schedule import multiplier
+from smalti.core.training.token_health import TokenHealth
 
 Objective = tuple[str, dict[str, Tensor]]
 
@@ -53,10 +54,12 @@ class Task(ABC):
         models: networks by name, each with an optimizer of its own; the first is the one that is kept and
             averaged.
         learning_rates: for models whose rate is not the optimization's.
+        health: of the tokens it sees, told beside the losses.
     """
 
     models: dict[str, nn.Module]
     learning_rates: Mapping[str, float] = {}
+    health: TokenHealth | None = None
 
     @abstractmethod
     def objectives(self, models: Mapping[str, nn.Module], batch: Any, step: int) -> Iterator[Objective]:
@@ -218,15 +221,22 @@ class _Loop:
         count = sum(summed for _, summed in parts)
         means = {name: sum(sums.get(name, 0.0) for sums, _ in parts) / count for name in self.sums}
         self.sums, self.summed = {}, 0
+        rate = self._rate(next(iter(self.models)), self.step - 1)
+        line: dict[str, Any] = {"stage": self.stage, "step": self.step, "learning_rate": rate, **means}
+        if self.task.health is not None:
+            line["codebook_health"] = self.task.health.findings()
+            warning = self.task.health.warning(line["codebook_health"], self.stage, self.step)
+            if warning is not None:
+                self.context.reporter.say(warning)
         if distributed.rank() == 0:
-            rate = self._rate(next(iter(self.models)), self.step - 1)
-            self.context.run.append_metrics({"stage": self.stage, "step": self.step, "learning_rate": rate, **means})
+            self.context.run.append_metrics(line)
         return ", ".join(f"{name} {value:.4g}" for name, value in means.items())
 
     def _save(self) -> None:
-        ranks = distributed.gather_objects(
-            {"batches": self.batches.state_dict(), "sums": self.sums, "summed": self.summed}
-        )
+        own = {"batches": self.batches.state_dict(), "sums": self.sums, "summed": self.summed}
+        if self.task.health is not None:
+            own["health"] = self.task.health.state_dict()
+        ranks = distributed.gather_objects(own)
         if distributed.rank() == 0:
             state = {
                 "step": self.step,
@@ -261,6 +271,8 @@ class _Loop:
         own = state["ranks"][distributed.rank()]
         self.batches.load_state_dict(own["batches"])
         self.sums, self.summed = own["sums"], own["summed"]
+        if self.task.health is not None:
+            self.task.health.load_state_dict(own["health"])
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

@@ -12,13 +12,17 @@ from smalti.core.data.loader import Batch
 from smalti.core.training.hinge import hinge_discriminator, hinge_generator
 from smalti.core.training.loop import Objective, Task
 from smalti.core.training.options import TokenizerTraining
+from smalti.core.training.token_health import TokenHealth
 
 
 class TokenizerTask(Task):
     """A tokenizer, fitted to reconstruct, perhaps against a discriminator."""
 
+    health: TokenHealth
+
     def __init__(self, tokenizer: Tokenizer, options: TokenizerTraining) -> None:
         self.models = {"tokenizer": tokenizer}
+        self.health = TokenHealth(tokenizer)
         self.losses = [(loss.name, loss.weight, loss.build()) for loss in options.losses]
         self.adversarial = options.adversarial
         if self.adversarial is not None:
@@ -29,6 +33,7 @@ class TokenizerTask(Task):
     def objectives(self, models: Mapping[str, nn.Module], batch: Batch, step: int) -> Iterator[Objective]:
         """The tokenizer's terms, then the discriminator's on the same reconstructions."""
         output = models["tokenizer"](batch.images)
+        self.health.update(output.tokens)
         terms: dict[str, Tensor] = {
             name: weight * loss(output.images, batch.images) for name, weight, loss in self.losses
         }

@@ -1,0 +1,91 @@
+"""Gradient estimators: what the choice of a code, which has no derivative, is taken to be in the backward pass.
+
+Every one of them but DiVeQ's noise has exactly the value of the codes, so that decoding the tokens gives the same
+bits. (The usual form, latent + sg(codes - latent), is off by a rounding error.) Where a latent is not finite, so is
+the result.
+
+Legend: D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Below this length a token has no direction, and the ratio of lengths means nothing.
+SHORTEST = 1e-6
+
+
+def straight_through(latent: Tensor, codes: Tensor) -> Tensor:
+    """The value of `codes` with the gradient of the identity on `latent` (Bengio et al. 2013; VQ-VAE, section 3.1).
+
+    Args:
+        latent: what was quantized, any shape.
+        codes: what it was quantized to, the same shape; receives no gradient.
+
+    Returns:
+        A tensor of the dtype of `codes`.
+    """
+    return codes.detach() + _gradient_of(latent, codes.dtype)
+
+
+def rotation_trick(latent: Tensor, codes: Tensor) -> Tensor:
+    """The value of `codes` with the gradient of turning and scaling each token onto its code (Fifty et al. 2024).
+
+    With x the token, q its code, u = x/|x|, v = q/|q| and w = (u + v)/|u + v|, the code is
+    |q|/|x| (x - 2 w w.x + 2 v u.x), in which all but the linear x counts as constant (a product of two
+    Householder reflections). A token without a direction gets the straight-through gradient.
+
+    Args:
+        latent: float `(..., D)`.
+        codes: float `(..., D)`; receives no gradient.
+
+    Returns:
+        A tensor of the dtype of `codes`.
+    """
+    with torch.no_grad():
+        length = latent.norm(dim=-1, keepdim=True)
+        short = length < SHORTEST
+        source = F.normalize(latent, dim=-1, eps=SHORTEST)
+        target = F.normalize(codes, dim=-1, eps=SHORTEST)
+        between = F.normalize(source + target, dim=-1, eps=SHORTEST)
+        scale = codes.norm(dim=-1, keepdim=True) / length.clamp(min=SHORTEST)
+    along = (latent * between).sum(-1, keepdim=True) * between
+    onto = (latent * source).sum(-1, keepdim=True) * target
+    turned = torch.where(short, latent, scale * (latent - 2 * along + 2 * onto))
+    return codes.detach() + _gradient_of(turned, codes.dtype)
+
+
+def diveq(latent: Tensor, codes: Tensor, variance: float) -> Tensor:
+    """The token moved by its distance to the code, in a noisy direction (Vali et al. 2025, DiVeQ).
+
+    x + |q - x| sg(n(q - x + noise)): the distance carries gradients to both token and code, so that no further loss
+    is needed. With noise the value is near the code; where it must be the code, `variance` is 0.
+
+    Args:
+        latent: float `(..., D)`.
+        codes: float `(..., D)`; receives gradients.
+        variance: of the normal noise; 0 gives the value of the codes exactly.
+
+    Returns:
+        A tensor of the dtype of `codes`.
+    """
+    step = codes - latent
+    noisy = step.detach()
+    if variance > 0:
+        noisy = noisy + variance**0.5 * torch.randn_like(noisy)
+    # The root has no derivative at 0, where a token is its code.
+    length = step.square().sum(-1, keepdim=True).clamp(min=SHORTEST**2).sqrt()
+    moved = latent + length * F.normalize(noisy, dim=-1, eps=SHORTEST)
+    return moved.to(codes.dtype) if variance > 0 else codes.detach() + _gradient_of(moved, codes.dtype)
+
+
+def scaled_gradient(tensor: Tensor, scale: float) -> Tensor:
+    """`tensor` with its gradient multiplied by `scale`."""
+    return tensor.detach() + scale * _gradient_of(tensor, tensor.dtype)
+
+
+def _gradient_of(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zero, with the gradient of `tensor`."""
+    return (tensor - tensor.detach()).to(dtype)
