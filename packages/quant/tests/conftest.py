@@ -1,19 +1,22 @@
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+
+from smalti.core.testing import parity as cases
 
 
 @pytest.fixture(scope="session")
 def parity() -> ModuleType:
-    """Cases of what the original systems compute, and how to compare with them."""
-    path = Path(__file__).parent / "parity" / "parity.py"
-    spec = importlib.util.spec_from_file_location("quant_parity", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """How cases of what the original systems compute are filled and compared."""
+    return cases
+
+
+@pytest.fixture(scope="session")
+def load_case() -> Callable[[str], dict[str, Any]]:
+    """Parity cases by name."""
+    return lambda name: cases.read_case(Path(__file__).parent / "parity" / f"{name}.json.gz")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -30,11 +31,13 @@ def _pair(value: Tensor | float) -> Tensor:
     return torch.tensor([torch.as_tensor(value).item(), 0.0])
 
 
-def test_llamagen_cosine(parity: ModuleType) -> None:
-    case = parity.load_case("llamagen-vq-ds8-quantizer")
-    latent, expected = parity.inputs(case)["latent"], case["outputs"]
+def test_llamagen_cosine(parity: ModuleType, load_case: Callable[[str], dict[str, Any]]) -> None:
+    case = load_case("llamagen-vq-ds8-quantizer")
+    latent, expected = parity.fill_case_inputs(case)["latent"], case["outputs"]
     assert parity.compare(expected["latent"], latent, rtol=1e-5) == []
-    quantizer = _built(parity.weight(case, "quantize.embedding.weight"), cosine=True)
+    quantizer = _built(
+        parity.fill_state_dict(case["state_dict"], case["weight_seed"])["quantize.embedding.weight"], cosine=True
+    )
     latent = latent.movedim(1, -1)
 
     quantized = quantizer.eval()(latent)
@@ -49,10 +52,12 @@ def test_llamagen_cosine(parity: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(("queue", "window"), [(None, "all"), (1500, "queue")])
-def test_usage_and_perplexity(parity: ModuleType, queue: int | None, window: str) -> None:
-    case = parity.load_case("vistok-metrics-usage")
+def test_usage_and_perplexity(
+    parity: ModuleType, load_case: Callable[[str], dict[str, Any]], queue: int | None, window: str
+) -> None:
+    case = load_case("vistok-metrics-usage")
     health = CodebookHealth((1024,), queue=queue)
-    health.update(parity.inputs(case)["tokens"].flatten(1)[:, :, None])
+    health.update(parity.fill_case_inputs(case)["tokens"].flatten(1)[:, :, None])
     result = health.result()
     for name in ("usage", "perplexity"):
         assert parity.compare(case["outputs"][f"{name}_{window}"], _pair(result[name][0])) == []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -140,8 +142,8 @@ def test_factorized_sums_losses_and_keeps_branches_apart() -> None:
     assert bool(latent.grad.any())
 
 
-def test_disentanglement_is_that_of_fqgan(parity: ModuleType) -> None:
-    case = parity.load_case("fqgan-training-losses-disentanglement")
+def test_disentanglement_is_that_of_fqgan(parity: ModuleType, load_case: Callable[[str], dict[str, Any]]) -> None:
+    case = load_case("fqgan-training-losses-disentanglement")
     latents = [tensor.movedim(1, -1) for tensor in parity.fill_case_inputs(case).values()]
     ratio = case["config"]["disentanglement_ratio"]
     found = torch.stack([ratio * disentanglement(latents[:2]), ratio * disentanglement(latents)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from smalti.core.errors import UserError
 from smalti.core.plugins import registry
 from smalti.quant.entropy import affinity_entropy_plain
 from smalti.quant.estimators import rotation_trick
+from smalti.quant.lookup import nearest_code_plain
 from smalti.quant.vector import VectorQuantizer, VectorQuantizerOptions
 
 
@@ -378,18 +380,21 @@ def test_given_tokens_take_the_place_of_the_search() -> None:
     assert str(error.value) == "token 16 of stream 0 is out of range: there are 16 codes, 0 to 15"
 
 
-def test_deferred_learning_is_that_of_the_whole_batch() -> None:
-    whole, parts = (_spread(_build(update="ema", revive_after=3)).train() for _ in range(2))
-    parts.load_state_dict(whole.state_dict())
-    latent = torch.randn(4, 9, 4)
-    whole(latent)
-    before = parts.codebook.clone()
-    with parts.deferred():
-        parts(latent[:1])
-        parts(latent[1:])
-        assert torch.equal(parts.codebook, before)
-    for name, tensor in whole.state_dict().items():
-        torch.testing.assert_close(parts.state_dict()[name], tensor)
+def test_deferred_learning_averages_in_turn_and_writes_once() -> None:
+    quantizer = _spread(_build(update="ema", revive_after=3)).train()
+    before, expected = quantizer.codebook.clone(), copy.deepcopy(quantizer.ema)
+    parts = torch.randn(4, 9, 4).split((1, 3))
+    hits = torch.zeros(len(before), dtype=torch.int64)
+    with quantizer.deferred():
+        for latent in parts:
+            tokens = quantizer(latent).tokens.flatten()
+            assert torch.equal(tokens, nearest_code_plain(latent.flatten(0, 1), before))
+            assert torch.equal(quantizer.codebook, before)
+            expected.update(tokens, latent.flatten(0, 1))
+            hits += torch.bincount(tokens, minlength=len(before))
+    torch.testing.assert_close(quantizer.codebook, expected.codebook())
+    torch.testing.assert_close(quantizer.ema.counts, expected.counts)
+    assert torch.equal(quantizer.revival.unused == 0, hits > 0)
 
 
 def test_a_failed_deferral_learns_nothing() -> None:

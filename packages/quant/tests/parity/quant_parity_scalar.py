@@ -124,7 +124,7 @@ def _gradients(quantizer: Quantizer, case: Case) -> Stages:
 
 
 def _scalar_stages(quantizer: Quantizer, case: Case, parity: ModuleType, scale: float) -> Stages:
-    inputs = parity.inputs(case)
+    inputs = parity.fill_case_inputs(case)
     latent = inputs["latent"] * scale
     with torch.no_grad():
         evaluated = quantizer.eval()(_last(latent))
@@ -181,7 +181,7 @@ def lucid_lfq(case: Case, parity: ModuleType) -> Stages:
         return _filled(options.build(), case, parity)
 
     def term(**changes: Any) -> Tensor:
-        latent = parity.inputs(case)["latent"] * scale
+        latent = parity.fill_case_inputs(case)["latent"] * scale
         off = {"entropy_weight": 0.0, "commitment_weight": 0.0, "entropy_offset": None}
         with torch.no_grad():
             (loss,) = built(**off | changes).train()(_last(latent)).losses.values()
@@ -242,7 +242,7 @@ def lucid_latent(case: Case, parity: ModuleType) -> Stages:
         assert torch.equal(values, constant)
     _filled(quantizer, case | {"state_dict": layout}, parity)
 
-    inputs = parity.inputs(case)
+    inputs = parity.fill_case_inputs(case)
     latent = (inputs["latent"] * scale).requires_grad_()
     quantized = quantizer.train()(_last(latent))
     output = _as(quantized.latent, latent)
@@ -298,7 +298,7 @@ def lucid_binary_mapper(case: Case, parity: ModuleType) -> Stages:
     config.done()
     mapper = BinaryMapper(keys.take("bits"), keys.take("kl_loss_threshold", math.log(2)))
     keys.done()
-    inputs = parity.inputs(case)
+    inputs = parity.fill_case_inputs(case)
     logits = inputs["logits"].requires_grad_()
     mapped = mapper(logits, sample=False)
     ((mapped.one_hot * inputs["probe"]).sum() + mapped.loss).backward()
@@ -330,7 +330,7 @@ def lucid_random_projection(case: Case, parity: ModuleType) -> Stages:
     quantizer.projections.copy_((second @ first).view(books, width, dim))
     quantizer.biases.copy_(bias.view(books, width))
     quantizer.codes.copy_(codes)
-    latent = parity.inputs(case)["latent"]
+    latent = parity.fill_case_inputs(case)["latent"]
     tokens = quantizer(latent)
     logits = quantizer.similarities(latent).flatten(0, 2)
     entropy = torch.nn.functional.cross_entropy(logits, tokens.flatten())
@@ -341,7 +341,7 @@ def lucid_random_projection(case: Case, parity: ModuleType) -> Stages:
 
 
 def _vistok(quantizer: Quantizer, case: Case, parity: ModuleType, weights: dict[str, float], scale: float) -> Stages:
-    inputs = parity.inputs(case)
+    inputs = parity.fill_case_inputs(case)
     latent = (inputs["latent"] * scale).requires_grad_()
     quantized = quantizer.train()(_last(latent))
     losses = {name: quantized.losses.get(name, torch.zeros(())) for name in ("commitment", "entropy")}
@@ -424,7 +424,7 @@ def magvit2_lfq(case: Case, parity: ModuleType) -> Stages:
         "batch_weight": params.take("batch_maximization_weight", 1.0),
     }
     params.done()
-    inputs = parity.inputs(case)
+    inputs = parity.fill_case_inputs(case)
     latent = inputs["latent"] * scale
 
     def built(entropy_weight: float, commitment_weight: float, **shares: float) -> Quantizer:

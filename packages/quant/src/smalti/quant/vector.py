@@ -212,8 +212,9 @@ class VectorQuantizer(Quantizer):
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """A context in which forward passes learn nothing; at its end, what they saw is averaged in, one after the
-        other, and the codes are written once.
+        """A context in which forward passes learn nothing.
+
+        At its end, what they saw is averaged in, one after the other, and the codes are written once.
         """
         seen: list[tuple[Tensor, Tensor]] = []
         self._deferred = seen

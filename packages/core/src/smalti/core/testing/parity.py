@@ -99,9 +99,12 @@ def fill_input(name: str, shape: list[int], seed: int, kind: str = "image", high
 
 
 def fill_case_inputs(case: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """All inputs of a case by name; an input that has "scale" is multiplied by it."""
+    """All inputs of a case by name; one that has "scale" is multiplied by it, "values" are as given."""
     out = {}
     for name, entry in case["inputs"].items():
+        if entry.get("kind") == "values":
+            out[name] = torch.tensor(entry["values"]).reshape(entry["shape"])
+            continue
         value = fill_input(name, entry["shape"], entry["seed"], entry.get("kind", "image"), entry.get("high"))
         out[name] = value * entry["scale"] if "scale" in entry else value
     return out
