@@ -24,7 +24,7 @@ from smalti.quant.inputs import float32_or_wider, full_precision
 CPU_BLOCK = 1 << 21
 GPU_BLOCK = 1 << 25
 MIN_ROWS = 16
-MAX_ROWS = 160
+MAX_ROWS = 320
 # Codes of one group of the argmax on a CPU; with fewer than MIN_GROUPS it goes over single codes.
 GROUP = 128
 MIN_GROUPS = 4
