@@ -23,9 +23,10 @@ FAMILIES = (
     "quant-ibq",
     "var-quantizer",
     "xqgan-quantizers",
+    "gaussiantoken-quantizer",
 )
 ELSEWHERE = ("quant-ibq-16384", "quant-ibq-262144", "quant-ibq-llama", "quant-ibq-small", "quant-ibq-tokenizer")
-MODULES = ("quant_parity_vector", "quant_parity_scalar", "quant_parity_composed")
+MODULES = ("quant_parity_vector", "quant_parity_scalar", "quant_parity_composed", "quant_parity_gaussiantoken")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

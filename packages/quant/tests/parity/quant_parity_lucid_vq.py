@@ -77,11 +77,17 @@ LUCID = {
 }
 
 
-class _Lucid:
-    """`VectorQuantize` of vector-quantize-pytorch, with its options made of ours."""
+class Lucid:
+    """`VectorQuantize` of vector-quantize-pytorch, with its options made of ours.
 
-    def __init__(self, case: dict[str, Any], parity: ModuleType) -> None:
-        self.params = params = known(case["config"]["params"], **LUCID)
+    Args:
+        given: its options.
+        state: its state dict.
+        masked: whether it gets a mask in training.
+    """
+
+    def __init__(self, given: dict[str, Any], state: dict[str, Tensor], *, masked: bool = False) -> None:
+        self.params = params = known(given, **LUCID)
         _fixed(
             params,
             eps=1e-5,
@@ -89,7 +95,7 @@ class _Lucid:
             kmeans_init=False,
             orthogonal_reg_max_codes=None,
         )
-        self.state = parity.fill_state_dict(case["state_dict"], case["weight_seed"])
+        self.state = state
         width = params["codebook_dim"] or params["dim"]
         estimator = "rotation" if params["rotation_trick"] else "straight-through"
         if params["directional_reparam"]:
@@ -98,7 +104,7 @@ class _Lucid:
             params |= {"threshold_ema_dead_code": 0}
             estimator = "diveq"
         # Where tokens are masked, unit codes are pulled to the raw tokens there; ours compares like with like.
-        self.raw = params["use_cosine_sim"] and "mask" in case["inputs"]
+        self.raw = params["use_cosine_sim"] and masked
         elsewhere = self.raw or params["commitment_use_cross_entropy_loss"]
         weight = 0.0 if elsewhere else params["commitment_weight"]
         options: Any = VectorQuantizerOptions(
@@ -266,10 +272,15 @@ def _zero() -> Tensor:
     return torch.zeros(())
 
 
+def _of(case: dict[str, Any], parity: ModuleType) -> Lucid:
+    state = parity.fill_state_dict(case["state_dict"], case["weight_seed"])
+    return Lucid(case["config"]["params"], state, masked="mask" in case["inputs"])
+
+
 def lucid(case: dict[str, Any], parity: ModuleType) -> Stages:
     """VectorQuantize of vector-quantize-pytorch: evaluation, decoding, and training steps."""
     config = known(case["config"], params=None, steps=1, decode=False, latent_scale=1.0)
-    system, inputs = _Lucid(case, parity), parity.fill_case_inputs(case)
+    system, inputs = _of(case, parity), parity.fill_case_inputs(case)
     quantizer = system.quantizer
     latent = inputs["latent"] * config["latent_scale"]
     mask = inputs["mask"].bool() if "mask" in inputs else None
@@ -309,13 +320,13 @@ def lucid(case: dict[str, Any], parity: ModuleType) -> Stages:
     return {name: value.detach() for name, value in stages.items()}
 
 
-def _evaluated(system: _Lucid, latent: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Stages]:
+def _evaluated(system: Lucid, latent: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Stages]:
     system.quantizer.eval()
     with torch.no_grad():
         return system.forward(latent, mask)
 
 
-def _gradients(system: _Lucid) -> Stages:
+def _gradients(system: Lucid) -> Stages:
     found = {}
     ours = dict(system.quantizer.named_parameters())
     for key in system.state:
@@ -330,7 +341,7 @@ def _gradients(system: _Lucid) -> Stages:
 def lucid_topk(case: dict[str, Any], parity: ModuleType) -> Stages:
     """The k nearest codes, in evaluation."""
     config = known(case["config"], params=None, topk=None, latent_scale=0.12)
-    system = _Lucid(case, parity)
+    system = _of(case, parity)
     latent = system.channel_last(parity.fill_case_inputs(case)["latent"] * config["latent_scale"])
     (unit,) = system.units
     with torch.no_grad():
