@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smalti.core.errors import UserError
-from smalti.core.testing.processes import run_in_processes
 from smalti.quant.entropy import (
     Entropies,
     LogFloor,
@@ -134,29 +133,3 @@ def test_extremes() -> None:
 def test_a_group_that_does_not_divide_is_told() -> None:
     with pytest.raises(UserError, match="the entropy's group of 4 bits must divide the 6 bits of a code"):
         bits_entropy(torch.zeros(2, 6), group=4)
-
-
-def _replica(rank: int) -> tuple[Tensor, Tensor]:
-    """The batch entropy of this rank's half of the tokens, and the gradient of it."""
-    logits = _tokens()[8 * rank : 8 * rank + 8].clone().requires_grad_()
-    batch = bits_entropy(logits).batch
-    batch.backward()
-    assert logits.grad is not None
-    return batch.detach(), logits.grad
-
-
-def _tokens() -> Tensor:
-    return torch.randn(16, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_mean_distribution() -> None:
-    whole = _tokens().requires_grad_()
-    batch = bits_entropy(whole).batch
-    batch.backward()
-    assert whole.grad is not None
-    replicas = run_in_processes(_replica)
-    for value, _ in replicas:
-        torch.testing.assert_close(value, batch.detach())
-    # Data parallel training averages the gradients of the processes, hence the half.
-    torch.testing.assert_close(torch.cat([gradient for _, gradient in replicas]) / 2, whole.grad)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from smalti.core.codebook_health import CodebookHealth
+from smalti.quant.entropy import bits_entropy
 from smalti.quant.vector import VectorQuantizerOptions
 
 STEP = {"dim": 4, "codebook_size": 24, "update": "ema", "revive_after": 5}
@@ -25,6 +26,7 @@ def data() -> dict[str, Any]:
         "options": STEP,
         "latent": torch.randn(6, 20, 4, generator=generator),
         "tokens": torch.randint(40, (4, 10, 1), generator=generator),
+        "logits": torch.randn(16, 4, dtype=torch.float64, generator=generator),
     }
 
 
@@ -61,3 +63,14 @@ def test_health_is_that_of_all_tokens(results: Any, data: dict[str, Any]) -> Non
     health = CodebookHealth((50,))
     health.update(data["tokens"])
     assert [result["health"] for result in results] == [health.result()] * 2
+
+
+def test_the_mean_distribution_is_that_of_all_tokens(results: Any, data: dict[str, Any]) -> None:
+    whole = data["logits"].clone().requires_grad_()
+    batch = bits_entropy(whole).batch
+    batch.backward()
+    for value, _ in (result["entropy"] for result in results):
+        torch.testing.assert_close(value, batch.detach())
+    # Data parallel training averages the gradients of the processes, hence the half.
+    gradient = torch.cat([gradient for _, gradient in (result["entropy"] for result in results)]) / 2
+    torch.testing.assert_close(gradient, whole.grad)

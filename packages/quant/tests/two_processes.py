@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from smalti.core.codebook_health import CodebookHealth
 from smalti.core.testing.processes import run_in_processes
+from smalti.quant.entropy import bits_entropy
 from smalti.quant.vector import VectorQuantizerOptions
 
 
@@ -45,6 +46,15 @@ def health(rank: int, tokens: torch.Tensor) -> dict[str, list[float]]:
     return found.result()
 
 
+def entropy(rank: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batch entropy as this rank sees it with its half of the logits, and its gradient to them."""
+    half = logits.chunk(2)[rank].clone().requires_grad_()
+    batch = bits_entropy(half).batch
+    batch.backward()
+    assert half.grad is not None
+    return batch.detach(), half.grad
+
+
 def everything(rank: int, inputs: dict[str, Any]) -> dict[str, Any]:
     """All of it in one process group, since starting processes is what takes time."""
     common = {"dim": 4, "codebook_size": 24, "initialise": "data", "revive_after": 2}
@@ -53,6 +63,7 @@ def everything(rank: int, inputs: dict[str, Any]) -> dict[str, Any]:
         "ema": trained(rank, VectorQuantizerOptions(**common, update="ema")),
         "step": ema_step(rank, VectorQuantizerOptions(**inputs["options"]), inputs["latent"]),
         "health": health(rank, inputs["tokens"]),
+        "entropy": entropy(rank, inputs["logits"]),
     }
 
 
