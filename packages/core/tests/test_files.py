@@ -62,3 +62,23 @@ def test_unreadable_json(tmp_path):
     path.write_text('{"cut": ')
     with pytest.raises(UserError, match=r"x.json is damaged, expected a layout: "):
         files.read_json(path, "a layout")
+
+
+def test_a_folder_appears_when_it_is_whole(tmp_path):
+    with files.atomic_folder(tmp_path / "a" / "b") as folder:
+        (folder / "file").write_text("x")
+        assert not (tmp_path / "a").exists()
+    assert (tmp_path / "a" / "b" / "file").read_text() == "x"
+    with pytest.raises(UserError, match="exists already and is not empty"), files.atomic_folder(tmp_path / "a"):
+        pytest.fail("the block must not run")
+    with pytest.raises(UserError, match="file exists already"), files.atomic_folder(tmp_path / "a" / "b" / "file"):
+        pytest.fail("the block must not run")
+
+    def stop() -> None:
+        with files.atomic_folder(tmp_path / "c" / "d") as folder:
+            (folder / "file").write_text("x")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        stop()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

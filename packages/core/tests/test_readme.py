@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from smalti.core.contracts import TokenizerOutput
 from smalti.core.plugins import Registry
 
 
@@ -18,5 +19,6 @@ def test_the_plugin_of_the_readme(tmp_path, monkeypatch):
     (info / "entry_points.txt").write_text("[smalti]\nreadme = readme_plugin\n")
     monkeypatch.syspath_prepend(tmp_path)
     options = Registry("core,readme").options("loss", "smooth-l1")
-    assert options(weight=2.0).build()(torch.zeros(3), torch.ones(3)).item() == 0.5
+    output = TokenizerOutput(torch.zeros(3), torch.zeros(0), {})
+    assert options(weight=2.0).build()(output, torch.ones(3), 0).item() == 0.5
     del sys.modules["readme_plugin"]

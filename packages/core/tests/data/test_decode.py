@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from smalti.core.data.decode import UndecodableImageError, decode
+from smalti.core.data.decode import UndecodableImageError, decode, decode_whole
 from smalti.core.errors import UserError
 from smalti.core.options import Preprocessing
 
@@ -130,3 +130,11 @@ def test_a_png_without_all_its_pixels_is_undecodable(make_png):
         except UndecodableImageError:
             continue
         assert end >= pixels_end
+
+
+def test_a_whole_image_keeps_its_size(make_png):
+    image = pixels(3, 5, 3)
+    assert np.array_equal(decode_whole(make_png(image), 3), image.transpose(2, 0, 1))
+    assert decode_whole(make_png(image), 1).shape == (1, 3, 5)
+    with pytest.raises(UndecodableImageError):
+        decode_whole(b"no image", 3)

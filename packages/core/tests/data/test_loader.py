@@ -1,3 +1,4 @@
+import json
 import re
 from itertools import islice
 
@@ -90,7 +91,7 @@ def test_a_state_from_anywhere_goes_on_exactly(memory_dataset, data):
     for _ in islice(first, data.draw(st.integers(0, 12), "batches before")):
         continue
     state = first.state_dict()
-    assert all(type(value) is int for value in state.values())
+    assert json.loads(json.dumps(state)) == {**state, "ahead": list(state["ahead"])}
     second = batches(dataset, **arguments)
     second.load_state_dict(state)
     for expected, found in islice(zip(first, second, strict=False), 8):
@@ -105,7 +106,7 @@ def test_resuming_and_the_share_of_others_cost_no_decoding(memory_dataset, monke
 
     decoded = []
     genuine = module.decode
-    monkeypatch.setattr(module, "decode", lambda image, options: decoded.append(image) or genuine(image, options))
+    monkeypatch.setattr(module, "decode", lambda image, **how: decoded.append(image) or genuine(image, **how))
     dataset = memory_dataset(100)
     loader = batches(dataset, 5, rank=1, world_size=2)
     loader.load_state_dict({"epoch": 0, "records": 60, "undecodable": 0})
@@ -153,7 +154,6 @@ def test_the_count_of_undecodable_images_survives_a_restart(memory_dataset):
     ("count", "broken", "rank", "sentence"),
     [
         (0, 0, 0, "for process 0 of 2: it holds 0 records, 0 of them undecodable here"),
-        (1, 0, 1, "for process 1 of 2: it holds 1 records, 0 of them undecodable here"),
         (4, 4, 1, "for process 1 of 2: it holds 4 records, 2 of them undecodable here"),
     ],
 )

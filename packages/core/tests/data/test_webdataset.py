@@ -91,17 +91,54 @@ def test_a_large_buffer_mixes_shards(shard_folder):
 
 
 def test_shards_beyond_the_memory_kept_are_read_again(shard_folder, monkeypatch):
-    folder = shard_folder(3, 3)
+    folder = shard_folder(3, 3, packed=True)
     monkeypatch.setattr(webdataset, "KEPT_BYTES", 3 * 80)
-    dataset = build(f"{folder}/*.tar")
+    dataset = build(f"{folder}/*.tar.gz")
     everything = keys(dataset)
-    (folder / "train-0000.tar").unlink()
+    (folder / "train-0000.tar.gz").unlink()
     assert len(everything) == 6
     records = dataset.records()
     assert [next(records).key for _ in range(3)] == ["s000", "s001", "s002"]
-    (folder / "train-0001.tar").unlink()
-    with refused("train-0001.tar does not exist"):
+    (folder / "train-0001.tar.gz").unlink()
+    with refused("train-0001.tar.gz does not exist"):
         next(records)
+
+
+def test_of_plain_shards_an_image_is_read_when_it_is_asked_for(shard_folder):
+    plain = build(f"{shard_folder(3, 2)}/*.tar")
+    packed = build(f"{shard_folder(3, 2, packed=True)}/*.tar.gz")
+    records = list(plain.records())
+    assert [record.image for record in records] == [record.image for record in packed.records()]
+    for path in shard_folder(3, 2).glob("train-0001.tar"):
+        os.truncate(path, 1024)
+    assert records[2].image == records[2].content.read()
+    with refused("train-0001.tar is damaged: it ends before byte"):
+        _ = records[3].image
+
+
+@pytest.mark.parametrize("order", [None, 5])
+def test_every_second_record(shard_folder, order):
+    dataset = build(f"{shard_folder(5, 6)}/*.tar", shuffle_buffer=3)
+    everything = keys(dataset, order)
+    for start in range(12):
+        assert [record.key for record in dataset.records_from(start, order, 2)] == everything[start::2]
+
+
+def test_a_damaged_plain_shard_is_noticed_when_its_headers_are_read(shard_folder):
+    folder = shard_folder(3, 2)
+    content = bytearray((folder / "train-0000.tar").read_bytes())
+    content[2 * 1024 + 20] ^= 1
+    (folder / "train-0000.tar").write_bytes(content)
+    with refused(f"shard {folder}/train-0000.tar is damaged or incomplete after 0 samples: bad checksum"):
+        keys(build(f"{folder}/*.tar"))
+    os.truncate(folder / "train-0001.tar", 3 * 1024)
+    with refused(f"shard {folder}/train-0001.tar is damaged or incomplete after 1 samples: the end-of-archive"):
+        keys(build(f"{folder}/train-0001.tar"))
+    parts = build(f"{folder}/*.tar").parts()
+    assert len(parts) == 2
+    for part in parts:
+        with refused("is damaged or incomplete"):
+            list(part)
 
 
 def test_records_from_somewhere_on(shard_folder):

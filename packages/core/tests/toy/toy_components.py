@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from smalti.core.contracts import Generator, Quantized, Quantizer, check_labels
+from smalti.core.contracts import Generator, Quantized, Quantizer, check_labels, check_tokens
 from smalti.core.errors import UserError
 from smalti.core.files import write_json
 from smalti.core.noise import uniform
@@ -45,8 +45,7 @@ class Signs(Quantizer):
         return Quantized(latent + (codes - latent).detach(), tokens, losses)
 
     def decode(self, tokens, space):
-        if tokens.min() < 0 or tokens.max() >= self.vocab[0]:
-            raise UserError(f"tokens must be below {self.vocab[0]}")
+        check_tokens(tokens, self.vocab)
         bits = (tokens >> torch.arange(self.dim)) & 1
         return (2.0 * bits - 1).unflatten(1, tuple(space))
 

@@ -11,7 +11,9 @@ from typing import Annotated
 
 import typer
 
+from smalti.core.data_commands import add_data_commands
 from smalti.core.errors import UserError
+from smalti.core.model_commands import add_model_commands
 from smalti.core.plugins import PluginWarning, registry
 
 app = typer.Typer(
@@ -138,6 +140,10 @@ def plugins(
             typer.echo(f"registered twice: {sentence}")
     if check and (duplicates or any(plugin.status == "failed" for plugin in found)):
         raise typer.Exit(1)
+
+
+add_model_commands(app)
+add_data_commands(app)
 
 
 def _run(

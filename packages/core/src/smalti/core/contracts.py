@@ -9,7 +9,7 @@ are already weighted: their sum is what training minimises.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -219,6 +219,19 @@ class Features(nn.Module, ABC):
     @abstractmethod
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images uint8 `(B, H, W, 3)` to features, e.g. `{"pool": (B, D), "logits": (B, classes)}`."""
+
+
+@dataclass(frozen=True)
+class PairMetric:
+    """A number for every image against its reference.
+
+    `compute` takes images and references, both uint8 `(B, C, H, W)`, and gives `(B,)`; `definition` says exactly what
+    that is.
+    """
+
+    unit: str
+    definition: str
+    compute: Callable[[Tensor, Tensor], Tensor]
 
 
 class _TokenizerConfig(Options):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,29 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A new folder that appears at `path` only when the block ends without an error; yields where to write it.
+
+    Raises:
+        UserError: something other than an empty folder is there already; the disk is full or cannot be written.
+    """
+    path = Path(path).absolute()
+    if (path.exists() and not path.is_dir()) or (path.is_dir() and any(path.iterdir())):
+        raise UserError(f"{path} exists already and is not empty: give another folder, or remove it first")
+    above = next(folder for folder in path.parents if folder.exists())  # folders in between are made at the end, too
+    temporary = above / f".{path.name}{TEMPORARY}"
+    try:
+        with disk_errors(path):
+            shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+            temporary.mkdir()
+            yield temporary
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

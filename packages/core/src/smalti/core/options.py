@@ -19,9 +19,11 @@ from smalti.core.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-    from smalti.core.contracts import Decoder, Encoder, Features, Generator, Quantizer, Tokenizer
+    from smalti.core.autoencoder import Autoencoder
+    from smalti.core.contracts import Decoder, Encoder, Features, Generator, PairMetric, Quantizer, Tokenizer
     from smalti.core.data.dataset import ImageDataset
     from smalti.core.layout import TokenLayout
+    from smalti.core.losses.loss import Loss
     from smalti.core.stage import Context, Stage
 
 
@@ -105,13 +107,15 @@ class Preprocessing(Options):
         image_size: side of the square output in pixels.
         channels: 3 for RGB, 1 for grey.
         fit: `pad` keeps the pixels and adds a border of `background`; `center-crop` is ADM's: halve with a
-            box filter while the short side is at least twice the target, resize it bicubic, cut the centre.
+            box filter while the short side is at least twice the target, resize it bicubic, cut the centre;
+            `bicubic-crop` and `bilinear-crop` resize the short side in one go and cut the centre, as
+            torchvision does; `native-crop` cuts the centre without resizing, and pads where the image is smaller.
         background: grey level of the border, 0 to 255.
     """
 
     image_size: Annotated[int, Field(ge=1)]
     channels: Literal[1, 3] = 3
-    fit: Literal["pad", "center-crop"] = "center-crop"
+    fit: Literal["pad", "center-crop", "bicubic-crop", "bilinear-crop", "native-crop"] = "center-crop"
     background: Annotated[int, Field(ge=0, le=255)] = 0
 
 
@@ -149,6 +153,16 @@ class TokenizerOptions(ComponentOptions):
         """Build it."""
 
 
+class AutoencoderOptions(ComponentOptions):
+    """Options of an autoencoder."""
+
+    preprocessing: Preprocessing
+
+    @abstractmethod
+    def build(self) -> Autoencoder:
+        """Build it."""
+
+
 class GeneratorOptions(ComponentOptions):
     """Options of a generator; which tokens and how many classes it gets to know when it is built."""
 
@@ -170,7 +184,7 @@ class DatasetOptions(ComponentOptions):
 
 
 class LossOptions(ComponentOptions):
-    """Options of a loss between reconstructions and images.
+    """Options of a loss of tokenizer training.
 
     Args:
         weight: multiplies the value in the objective.
@@ -179,8 +193,8 @@ class LossOptions(ComponentOptions):
     weight: float = 1.0
 
     @abstractmethod
-    def build(self) -> nn.Module:
-        """Build a module `(reconstructions, images) -> scalar`, unweighted."""
+    def build(self) -> Loss:
+        """Build it."""
 
 
 class DiscriminatorOptions(ComponentOptions):
@@ -196,6 +210,14 @@ class FeaturesOptions(ComponentOptions):
 
     @abstractmethod
     def build(self) -> Features:
+        """Build it."""
+
+
+class MetricOptions(ComponentOptions):
+    """Options of a metric between images and their references."""
+
+    @abstractmethod
+    def build(self) -> PairMetric:
         """Build it."""
 
 

@@ -32,6 +32,7 @@ KINDS = (
     "decoder",
     "quantizer",
     "tokenizer",
+    "autoencoder",
     "generator",
     "loss",
     "discriminator",
@@ -41,6 +42,7 @@ KINDS = (
     "checkpoint",
     "stage",
     "recipes",
+    "zoo",
 )
 
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -54,7 +56,7 @@ class Component:
     Args:
         kind: one of `KINDS`.
         name: unique within its kind; what recipes and commands call it.
-        target: `module:attribute`, imported on use: the options class, or for the kind `recipes` a module
+        target: `module:attribute`, imported on use: the options class; for the kinds `recipes` and `zoo` a module
             whose folder holds YAML files.
         summary: one line for `smalti plugins`.
     """

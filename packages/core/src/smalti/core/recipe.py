@@ -20,6 +20,7 @@ from smalti.core.options import (
     TokenizerOptions,
     sentences,
 )
+from smalti.core.overrides import apply_override
 from smalti.core.plugins import registry
 from smalti.core.sampling_settings import SamplingSettings
 from smalti.core.training.options import GeneratorTraining, TokenizerTraining
@@ -158,45 +159,6 @@ def shipped_recipes() -> Iterator[Path]:
         module = registry().load("recipes", name)
         for folder in module.__path__:
             yield from sorted(Path(folder).glob("*.yaml"))
-
-
-def apply_override(content: Data, override: str) -> None:
-    """Set one dotted path of a raw recipe in place; list entries by number."""
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise UserError(f"{override!r} is not an override: expected dotted.path=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{path}: {text!r} is not a YAML value") from None
-    *parents, last = path.split(".")
-    place: Any = content
-    for depth, key in enumerate(parents):
-        child = _child(place, key, parents[:depth])
-        if child is None:
-            child = {}
-            place[key] = child
-        elif isinstance(child, str):  # a component given by its bare name
-            child = {"name": child}
-            place[int(key) if isinstance(place, list) else key] = child
-        place = child
-    if isinstance(place, list):
-        _child(place, last, parents)
-        place[int(last)] = value
-    elif isinstance(place, dict):
-        place[last] = value
-    else:
-        raise UserError(f"{path}: {'.'.join(parents)} is {place!r} and has no options")
-
-
-def _child(place: Any, key: str, parents: Sequence[str]) -> Any:
-    if isinstance(place, dict):
-        return place.get(key)
-    if isinstance(place, list):
-        if key.isdigit() and int(key) < len(place):
-            return place[int(key)]
-        raise UserError(f"{'.'.join([*parents, key])}: the list has entries 0 to {len(place) - 1}")
-    raise UserError(f"{'.'.join([*parents, key])}: {'.'.join(parents)} is {place!r} and has no options")
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from smalti.core.contracts import Tokenizer, TokenizerOutput, check_images
+from smalti.core.errors import UserError
 from smalti.core.layout import TokenLayout
 from smalti.core.options import DecoderOptions, EncoderOptions, QuantizerOptions, Slot, TokenizerOptions
+
+Projection = Literal["linear", "convolution", "none"]
 
 
 class ComposedOptions(TokenizerOptions):
@@ -19,12 +22,17 @@ class ComposedOptions(TokenizerOptions):
         encoder: images to a latent.
         quantizer: a latent of its own width to tokens and back.
         decoder: a latent to images.
+        to_codes: between encoder and quantizer: `linear` at every position, VQGAN's 1 x 1 convolution (Esser et al.
+            2021); `convolution`, 3 x 3 over a grid (VAR, Tian et al. 2024); `none`, where the widths are equal.
+        from_codes: the same between quantizer and decoder.
     """
 
     name: Literal["composed"] = "composed"
     encoder: Annotated[EncoderOptions, Slot("encoder")]
     quantizer: Annotated[QuantizerOptions, Slot("quantizer")]
     decoder: Annotated[DecoderOptions, Slot("decoder")]
+    to_codes: Projection = "linear"
+    from_codes: Projection = "linear"
 
     def build(self) -> ComposedTokenizer:
         """Build it."""
@@ -32,20 +40,19 @@ class ComposedOptions(TokenizerOptions):
 
 
 class ComposedTokenizer(Tokenizer):
-    """Encoder, linear projection to the quantizer's width, quantizer, linear projection, decoder.
-
-    The projections are those of VQGAN (Esser et al. 2021): 1 x 1 convolutions with bias.
-    """
+    """Encoder, projection to the quantizer's width, quantizer, projection to the decoder's width, decoder."""
 
     def __init__(self, options: ComposedOptions) -> None:
         super().__init__()
         channels = options.preprocessing.channels
-        self.options: ComposedOptions = options
         self.encoder = options.encoder.build(channels)
         self.quantizer = options.quantizer.build()
         self.decoder = options.decoder.build(channels)
-        self.to_codes = nn.Linear(self.encoder.width, self.quantizer.dim)
-        self.from_codes = nn.Linear(self.quantizer.dim, self.decoder.width)
+        # What was built tells its options: a part that started from pretrained weights is saved without that start.
+        parts = {"encoder": self.encoder.options, "quantizer": self.quantizer.options, "decoder": self.decoder.options}
+        self.options: ComposedOptions = options.model_copy(update=parts)
+        self.to_codes = _projection(options.to_codes, "to_codes", self.encoder.width, self.quantizer.dim)
+        self.from_codes = _projection(options.from_codes, "from_codes", self.quantizer.dim, self.decoder.width)
         self.layout()  # an image size that the encoder cannot take shall be known before any work
 
     def layout(self, image_size: tuple[int, int] | None = None) -> TokenLayout:
@@ -58,7 +65,7 @@ class ComposedTokenizer(Tokenizer):
         check_images(images, self.preprocessing.channels)
         quantized = self.quantizer(self.to_codes(self.encoder(images)))
         reconstructions = self.decoder(self.from_codes(quantized.latent))
-        return TokenizerOutput(reconstructions, quantized.tokens, quantized.losses)
+        return TokenizerOutput(reconstructions, quantized.tokens, quantized.losses, {"latent": quantized.latent})
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -73,3 +80,26 @@ class ComposedTokenizer(Tokenizer):
         layout = layout or self.layout()
         images: Tensor = self.decoder(self.from_codes(self.quantizer.decode(tokens, layout.shape[-1])))
         return images.clamp(-1.0, 1.0)
+
+
+class ChannelLastConvolution(nn.Conv2d):
+    """A 3 x 3 convolution of `(B, h, w, inputs)` to `(B, h, w, outputs)`."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Convolve."""
+        return super().forward(latent.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def _projection(kind: Projection, option: str, inputs: int, outputs: int) -> nn.Module:
+    if kind == "linear":
+        return nn.Linear(inputs, outputs)
+    if kind == "convolution":
+        return ChannelLastConvolution(inputs, outputs)
+    if inputs != outputs:
+        raise UserError(
+            f"{option} is none, but widths {inputs} and {outputs} meet there: make them equal or use linear"
+        )
+    return nn.Identity()

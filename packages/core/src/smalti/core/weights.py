@@ -59,18 +59,21 @@ class Pretrained:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, ema: bool = True, revision: str | None = None) -> Self:
-        """Load from a folder, or from the hub by repository name.
+        """Load from a folder, from the zoo, or from the hub by repository name.
 
         Args:
-            name: a folder that `save_pretrained` wrote, or `owner/repository`.
+            name: a folder that `save_pretrained` wrote; a name that `smalti zoo` lists, whose published file is
+                fetched from its publisher and imported; or `owner/repository`.
             ema: take the averaged weights where there are any.
-            revision: of the hub repository.
+            revision: of the hub repository, where `name` is one.
 
         Raises:
             UserError: nothing there, a damaged file, weights that do not belong to the configuration.
         """
         folder = Path(name)
         if not folder.is_dir():
+            if "/" not in str(name):
+                return cls._from_zoo(str(name), ema=ema)
             folder = _download(str(name), revision)
         config = read_json(folder / CONFIG, f"the configuration of a {cls.kind}")
         if not isinstance(config, dict) or config.get("kind") != cls.kind:
@@ -82,6 +85,19 @@ class Pretrained:
         load_tensors(module, averaged if ema and averaged.exists() else folder / WEIGHTS)
         module.eval()
         return module
+
+    @classmethod
+    def _from_zoo(cls, name: str, *, ema: bool) -> Self:
+        from smalti.core.checkpoints.importing import import_checkpoint
+        from smalti.core.checkpoints.zoo import fetch, zoo_model
+
+        try:
+            model = zoo_model(name)
+        except UserError as error:
+            raise UserError(f"{name} is neither a folder here nor a hub name owner/repository, and {error}") from None
+        if model.kind != cls.kind:
+            raise UserError(f"{name} is {'an' if model.kind[0] in 'aeiou' else 'a'} {model.kind}, not a {cls.kind}")
+        return import_checkpoint(fetch(model), model.layout, model.overrides, ema=ema)  # type: ignore[return-value]
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> None:
         """Upload configuration and weights to the hub repository `owner/name`, making it where needed."""

@@ -22,3 +22,5 @@ def smalti_register() -> Iterator[Component]:
         "smalti.eval.evaluate:EvaluateOptions",
         "PSNR, SSIM and codebook use; Frechet distance, precision, recall and classes of samples; a report",
     )
+    yield Component("metric", "psnr", "smalti.eval.pair_metrics:PSNROptions", "peak signal-to-noise ratio")
+    yield Component("metric", "ssim", "smalti.eval.pair_metrics:SSIMOptions", "structural similarity")

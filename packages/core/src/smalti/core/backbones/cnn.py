@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from smalti.core.backbones.residual_block import ResidualBlock
 from smalti.core.contracts import Decoder, Encoder, check_images
 from smalti.core.errors import UserError
 from smalti.core.options import DecoderOptions, EncoderOptions, Options
@@ -59,28 +60,13 @@ class CNNDecoderOptions(_Levels, DecoderOptions):
         return CNNDecoder(self, channels)
 
 
-class ResidualBlock(nn.Module):
-    """`x + conv(act(norm(conv(act(norm(x))))))`, 3 x 3, group normalisation and SiLU; starts as the identity."""
-
-    def __init__(self, width: int, groups: int) -> None:
-        super().__init__()
-        last = nn.Conv2d(width, width, 3, padding=1)
-        nn.init.zeros_(last.weight)
-        assert last.bias is not None
-        nn.init.zeros_(last.bias)
-        self.layers = nn.Sequential(
-            nn.GroupNorm(groups, width),
-            nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.GroupNorm(groups, width),
-            nn.SiLU(),
-            last,
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, width, h, w)` to the same."""
-        y: Tensor = x + self.layers(x)
-        return y
+def _block(width: int, groups: int) -> ResidualBlock:
+    """A residual block that starts as the identity."""
+    block = ResidualBlock(width, width, groups=groups, eps=1e-5)
+    nn.init.zeros_(block.conv2.weight)
+    assert block.conv2.bias is not None
+    nn.init.zeros_(block.conv2.bias)
+    return block
 
 
 class CNNEncoder(Encoder):
@@ -95,7 +81,7 @@ class CNNEncoder(Encoder):
         layers: list[nn.Module] = []
         for before, width in pairwise((channels, *options.widths)):
             layers.append(nn.Conv2d(before, width, 4, stride=2, padding=1))
-            layers += [ResidualBlock(width, options.groups) for _ in range(options.blocks)]
+            layers += [_block(width, options.groups) for _ in range(options.blocks)]
         self.layers = nn.Sequential(*layers, nn.GroupNorm(options.groups, self.width), nn.SiLU())
 
     def forward(self, images: Tensor) -> Tensor:
@@ -125,7 +111,7 @@ class CNNDecoder(Decoder):
         layers: list[nn.Module] = [nn.Conv2d(self.width, self.width, 3, padding=1)]
         for width, after in pairwise((*reversed(options.widths), None)):
             assert width is not None
-            layers += [ResidualBlock(width, options.groups) for _ in range(options.blocks)]
+            layers += [_block(width, options.groups) for _ in range(options.blocks)]
             if after is not None:
                 layers += [nn.Conv2d(width, 4 * after, 1), nn.PixelShuffle(2)]
         first = options.widths[0]

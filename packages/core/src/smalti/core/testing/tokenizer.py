@@ -70,7 +70,8 @@ class TokenizerContract:
             output = tokenizer(images)
             for name, loss in output.losses.items():
                 assert math.isfinite(loss.item()), name
-            loss = (output.images - images).square().mean() + sum(output.losses.values())
+            features = sum(feature.square().mean() for feature in output.features.values())
+            loss = (output.images - images).square().mean() + sum(output.losses.values()) + features
             tokenizer.zero_grad()
             loss.backward()
             with torch.no_grad():
@@ -102,6 +103,32 @@ class TokenizerContract:
         assert loaded.options == tokenizer.options
         assert not loaded.training
         assert torch.equal(loaded.encode(self.images()), tokenizer.encode(self.images()))
+
+    def test_batch_size_does_not_matter(self) -> None:
+        tokenizer = self.build().eval()
+        images = self.images(4)
+        singly = torch.cat([tokenizer.encode(image[None]) for image in images])
+        # Rounding may differ with the batch size and tip a near tie; more than a rare token must not change.
+        assert (tokenizer.encode(images) == singly).float().mean() >= 0.99
+
+    def test_autocast(self) -> None:
+        tokenizer = self.build().train()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = tokenizer(self.images())
+            loss = output.images.float().square().mean() + sum(output.losses.values())
+        loss.backward()
+        assert bool(torch.isfinite(output.images).all())
+        gradients = [weight.grad for weight in tokenizer.parameters() if weight.grad is not None]
+        assert gradients
+        assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+
+    def test_compiles_as_one_graph(self) -> None:
+        tokenizer = self.build().eval()
+        images = self.images()
+        torch._dynamo.reset()
+        with torch.no_grad():
+            output = torch.compile(tokenizer, fullgraph=True, backend="aot_eager")(images)
+            torch.testing.assert_close(output.images, tokenizer(images).images, atol=1e-4, rtol=1e-4)
 
     def test_wrong_channels_are_told(self) -> None:
         tokenizer = self.build().eval()

@@ -1,0 +1,68 @@
+"""Position tables of token grids: fixed sine and cosine tables, and learned ones brought to another grid.
+
+Legend: N positions, D width, h w grid.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from smalti.core.errors import UserError
+
+
+def sincos_2d(height: int, width: int, dim: int) -> Tensor:
+    """The table `(1, height * width, dim)` of sines and cosines of row and column, rows first.
+
+    The first half of the channels tells the column, the second the row; each half holds the sines of all
+    frequencies `10000 ** (-4 i / dim)`, then the cosines (MAE, He et al. 2022).
+
+    Raises:
+        UserError: `dim` is no multiple of 4.
+    """
+    if dim % 4:
+        raise UserError(f"a sine and cosine table over a grid needs a width that is a multiple of 4, got {dim}")
+    rates = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, column = torch.meshgrid(
+        torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij"
+    )
+    angles = [place.reshape(-1, 1) * rates for place in (column, row)]
+    table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+    return table[None].float()
+
+
+def resampled(
+    positions: Tensor, grid: tuple[int, int], *, prefix: int = 0, from_grid: tuple[int, int] | None = None
+) -> Tensor:
+    """A learned table brought to another grid: bicubic with antialiasing, in float32, rows first.
+
+    Args:
+        positions: `(1, prefix + h w, D)`.
+        grid: the height and width wanted.
+        prefix: entries in front that belong to no place (class token), kept as they are.
+        from_grid: h and w of the table, a square by default.
+
+    Returns:
+        `(1, prefix + height * width, D)`, in the dtype of `positions`; the same tensor where the grid fits.
+
+    Raises:
+        UserError: the table has no such grid.
+    """
+    count = positions.shape[1] - prefix
+    side = math.isqrt(max(count, 0))
+    height, width = from_grid or (side, side)
+    if height * width != count or count < 1:
+        raise UserError(
+            f"a position table of {count} places is no grid of {height}x{width}; give the grid it was made for"
+        )
+    if (height, width) == tuple(grid):
+        return positions
+    table = positions[:, prefix:].float().reshape(1, height, width, -1).permute(0, 3, 1, 2)
+    # Contiguous: torch 2.12 interpolates channel-last memory wrongly where a result is one column wide.
+    table = table.contiguous()
+    table = F.interpolate(table, size=grid, mode="bicubic", antialias=True, align_corners=False)
+    table = table.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1).to(positions.dtype)
+    return torch.cat([positions[:, :prefix], table], dim=1)

@@ -1,0 +1,1 @@
+"""Published checkpoints of other systems: reading their files, recognising their layouts, importing and exporting."""

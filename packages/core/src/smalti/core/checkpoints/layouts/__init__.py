@@ -1,0 +1,1 @@
+"""The published layouts that core knows, a module per family."""

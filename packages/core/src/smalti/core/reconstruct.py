@@ -1,0 +1,211 @@
+"""Images beside what a tokenizer makes of them: pictures, tokens and metrics in a folder.
+
+    0000-NAME.png   the image as the tokenizer saw it, and its reconstruction
+    0000-NAME.npz   `tokens` int64 (L, S), `layout` as JSON
+    grid.png        the first images with their reconstructions
+    metrics.json    every installed metric, by image and in the mean
+
+Legend: B batch, C channels, H W pixels, L token positions, S streams.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import groupby, islice
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from smalti.core.contracts import PairMetric, Tokenizer
+from smalti.core.errors import UserError
+from smalti.core.files import write_bytes, write_json
+from smalti.core.plugins import registry
+from smalti.core.weights import fingerprint
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+SHOWN = 32
+GRID_COLUMNS = 4  # pairs of a row
+VISIBLE = 128  # pixels: smaller images are enlarged in pictures by whole factors
+
+Size = int | Literal["original"] | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How many images there were, and the mean of each metric."""
+
+    images: int
+    means: dict[str, float]
+
+
+def image_size(text: str) -> Size:
+    """A number of pixels, `original`, or empty for the tokenizer's own.
+
+    Raises:
+        UserError: anything else.
+    """
+    if text in ("", "original"):
+        return "original" if text else None
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"size must be a number of pixels or `original`, got {text!r}")
+    return int(text)
+
+
+@torch.inference_mode()
+def reconstruct_images(
+    tokenizer: Tokenizer, inputs: Sequence[str], folder: Path, size: Size = None, batch_size: int = 8
+) -> Summary:
+    """Reconstruct all images of `inputs` and write the files of this module's head to `folder`.
+
+    Args:
+        tokenizer: in evaluation mode, on its device.
+        inputs: image files, folders of image files, tar shards.
+        folder: an existing one.
+        size: side in pixels instead of the tokenizer's own, or `original` to leave the images as they are.
+        batch_size: images of one size that are encoded at once.
+
+    Raises:
+        UserError: an input that is missing or no image, or a size that the tokenizer cannot take.
+    """
+    if find_spec("PIL") is None:
+        raise UserError("reading images needs the extra smalti-core[data], which is not installed")
+    device = next((parameter.device for parameter in tokenizer.parameters()), torch.device("cpu"))
+    metrics = {name: registry().options("metric", name)().build() for name in registry().names("metric")}
+    entries: list[dict[str, Any]] = []
+    shown: list[NDArray[np.uint8]] = []
+    for batch in _batches(_decoded(tokenizer, inputs, size), batch_size):
+        keys = [key for key, _ in batch]
+        originals = torch.from_numpy(np.stack([pixels for _, pixels in batch]))
+        tokens, copies, layout = _reconstructed(tokenizer, originals.to(device), keys[0])
+        found = {name: _values(metric, copies, originals) for name, metric in metrics.items()}
+        for place, key in enumerate(keys):
+            name = f"{len(entries):04d}-{_title(key)}"
+            pair = [_picture(pixels[place]) for pixels in (originals, copies)]
+            shown += pair if len(shown) < 2 * SHOWN else []
+            _save_grid(folder / f"{name}.png", pair, 2)
+            write_bytes(folder / f"{name}.npz", _npz(tokens=tokens[place], layout=np.array(layout)))
+            entries.append(
+                {"image": key, "file": f"{name}.png", "size": list(originals.shape[-2:])}
+                | {metric: values[place] for metric, values in found.items()}
+            )
+    if not entries:
+        raise UserError(f"there is no image in {', '.join(inputs)}")
+    _save_grid(folder / "grid.png", shown, 2 * GRID_COLUMNS)
+    means = {
+        name: fmean(numbers)
+        for name in metrics
+        if (numbers := [entry[name] for entry in entries if entry[name] is not None])
+    }
+    write_json(
+        folder / "metrics.json",
+        {
+            "tokenizer": fingerprint(tokenizer, tokenizer.config()),
+            "images": len(entries),
+            "means": means,
+            "definitions": {name: f"{metric.definition}; unit: {metric.unit}" for name, metric in metrics.items()},
+            "by_image": entries,
+        },
+    )
+    return Summary(len(entries), means)
+
+
+def _reconstructed(tokenizer: Tokenizer, pixels: Tensor, key: str) -> tuple[NDArray[np.int64], Tensor, str]:
+    """Tokens `(B, L, S)`, reconstructions uint8 `(B, C, H, W)` and the layout, of pixels uint8 `(B, C, H, W)`."""
+    from smalti.core.data.images import to_uint8
+
+    height, width = pixels.shape[-2:]
+    try:
+        layout = tokenizer.layout((height, width))
+        tokens = tokenizer.encode(pixels.float() / 127.5 - 1)
+        images = tokenizer.decode(tokens, layout)
+    except UserError as error:
+        raise UserError(f"{key}, {height} x {width} pixels: {error}") from None
+    copies = to_uint8(images)[..., : pixels.shape[1]].movedim(-1, 1)
+    return tokens.cpu().numpy(), copies.cpu(), layout.model_dump_json()
+
+
+def _values(metric: PairMetric, images: Tensor, references: Tensor) -> list[float | None]:
+    """A number for each image; None where the images are too small for the metric."""
+    try:
+        return [float(value) for value in metric.compute(images, references)]
+    except UserError:
+        return [None] * len(images)
+
+
+def _batches(
+    images: Iterable[tuple[str, NDArray[np.uint8]]], size: int
+) -> Iterator[list[tuple[str, NDArray[np.uint8]]]]:
+    """Neighbouring images of one shape, at most `size` of them."""
+    for _, same in groupby(images, key=lambda item: item[1].shape):
+        while batch := list(islice(same, size)):
+            yield batch
+
+
+def _decoded(tokenizer: Tokenizer, inputs: Sequence[str], size: Size) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """Name and pixels uint8 `(C, H, W)` of every image."""
+    from smalti.core.data.decode import decode, decode_whole
+
+    preprocessing = tokenizer.preprocessing
+    if isinstance(size, int):
+        preprocessing = preprocessing.model_copy(update={"image_size": size})
+    for key, content in (item for source in inputs for item in _files(Path(source))):
+        try:
+            whole = size == "original"
+            yield key, decode_whole(content, preprocessing.channels) if whole else decode(content, preprocessing)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+
+
+def _files(source: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of every image file in a source."""
+    if source.is_dir():
+        for path in sorted(source.rglob("*")):
+            if path.suffix.lower() in IMAGES and path.is_file():
+                yield str(path), path.read_bytes()
+    elif not source.exists():
+        raise UserError(f"{source} does not exist: give image files, folders of them, or tar shards")
+    elif source.name.endswith(ARCHIVES):
+        from smalti.core.data.tar_shards import read_shard
+
+        for sample in read_shard(str(source)):
+            for extension, content in sample.items():
+                if f".{extension.lower()}" in IMAGES:
+                    yield f"{source}/{sample['__key__']}", content
+    else:
+        yield str(source), source.read_bytes()
+
+
+def _title(key: str) -> str:
+    path = Path(key)
+    return path.stem if path.suffix.lower() in IMAGES else path.name
+
+
+def _picture(pixels: Tensor) -> NDArray[np.uint8]:
+    """Uint8 `(C, H, W)` as `(H, W, 3)`."""
+    return np.ascontiguousarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
+
+
+def _save_grid(path: Path, pictures: Sequence[NDArray[np.uint8]], columns: int) -> None:
+    """Pictures of any sizes in a grid, each in the upper left of its place."""
+    from smalti.core.data.images import save_grid
+
+    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
+    places = np.full((len(pictures), height, width, 3), 255, np.uint8)
+    for place, picture in zip(places, pictures, strict=True):
+        place[: picture.shape[0], : picture.shape[1]] = picture
+    save_grid(path, places, min(columns, len(pictures)), scale=max(1, VISIBLE // max(height, width)))
+
+
+def _npz(**arrays: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()

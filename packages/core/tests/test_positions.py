@@ -1,0 +1,68 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smalti.core.backbones.positions import resampled, sincos_2d
+from smalti.core.errors import UserError
+
+
+@settings(deadline=None, max_examples=20)
+@given(height=st.integers(1, 5), width=st.integers(1, 5), quarter=st.integers(1, 4))
+def test_sincos_by_definition(height, width, quarter):
+    table = sincos_2d(height, width, 4 * quarter)
+    assert table.shape == (1, height * width, 4 * quarter)
+    assert table.dtype == torch.float32
+    for row in range(height):
+        for column in range(width):
+            expected = [
+                function(place / 10000 ** (index / quarter))
+                for place in (column, row)
+                for function in (math.sin, math.cos)
+                for index in range(quarter)
+            ]
+            torch.testing.assert_close(table[0, row * width + column], torch.tensor(expected))
+
+
+def test_sincos_needs_a_width_in_fours():
+    with pytest.raises(
+        UserError, match=r"^a sine and cosine table over a grid needs a width that is a multiple of 4, got 6$"
+    ):
+        sincos_2d(2, 2, 6)
+
+
+def test_a_table_that_fits_stays_itself():
+    table = torch.randn(1, 1 + 16, 3)
+    assert resampled(table, (4, 4), prefix=1) is table
+
+
+@settings(deadline=None, max_examples=10)
+@given(prefix=st.integers(0, 2), height=st.integers(1, 9), width=st.integers(1, 9))
+def test_resampling(prefix, height, width):
+    table = torch.randn(1, prefix + 12, 2, generator=torch.Generator().manual_seed(height))
+    found = resampled(table, (height, width), prefix=prefix, from_grid=(3, 4))
+    assert found.shape == (1, prefix + height * width, 2)
+    assert torch.equal(found[:, :prefix], table[:, :prefix])
+    channel = table[0, prefix:, 1].view(1, 1, 3, 4)
+    expected = F.interpolate(channel, (height, width), mode="bicubic", antialias=True)
+    torch.testing.assert_close(found[0, prefix:, 1], expected.flatten(), atol=1e-6, rtol=1e-5)
+
+
+def test_a_constant_table_stays_constant_and_keeps_its_dtype():
+    found = resampled(torch.full((1, 16, 2), 0.5, dtype=torch.bfloat16), (7, 3))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, torch.full((1, 21, 2), 0.5, dtype=torch.bfloat16))
+
+
+def test_gradients_reach_the_table():
+    table = torch.randn(1, 17, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.grad(resampled(table, (6, 5), prefix=1).sum(), table)[0].abs().min() > 0
+
+
+def test_a_table_without_that_grid_is_told():
+    sentence = "^a position table of 15 places is no grid of 3x3; give the grid it was made for$"
+    with pytest.raises(UserError, match=sentence):
+        resampled(torch.zeros(1, 15, 2), (2, 2))
