@@ -6,8 +6,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from smalti.core.testing import parity as cases
+from smalti.quant.vector import VectorQuantizer, VectorQuantizerOptions
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +23,34 @@ def parity() -> ModuleType:
 def load_case() -> Callable[[str], dict[str, Any]]:
     """Parity cases by name."""
     return lambda name: cases.read_case(Path(__file__).parent / "parity" / f"{name}.json.gz")
+
+
+@pytest.fixture
+def build_vq() -> Callable[..., VectorQuantizer]:
+    """A vector quantizer of 16 codes of 4 channels, unless told otherwise."""
+
+    def build(**options: Any) -> VectorQuantizer:
+        torch.manual_seed(0)
+        return VectorQuantizerOptions(**{"dim": 4, "codebook_size": 16, **options}).build()
+
+    return build
+
+
+@pytest.fixture
+def place() -> Callable[..., VectorQuantizer]:
+    """Puts the codes of a vector quantizer somewhere."""
+
+    def placed(quantizer: VectorQuantizer, codes: Tensor) -> VectorQuantizer:
+        with torch.no_grad():
+            quantizer.codebook.copy_(codes)
+        if quantizer.learning.ema is not None:
+            quantizer.learning.ema.sums.copy_(codes)
+        return quantizer
+
+    return placed
+
+
+@pytest.fixture
+def spread(place: Callable[..., VectorQuantizer]) -> Callable[..., VectorQuantizer]:
+    """Puts the codes as far apart as the latents are, so that many are used."""
+    return lambda quantizer: place(quantizer, torch.randn(quantizer.codebook.shape))

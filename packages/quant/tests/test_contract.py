@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from smalti.core.testing import QuantizerContract
+from smalti.quant.gumbel import GumbelOptions
 from smalti.quant.ibq import IndexBackpropagationOptions
 from smalti.quant.simvq import SimVQOptions
 from smalti.quant.vector import VectorQuantizerOptions
@@ -59,6 +60,14 @@ class TestAffineEma(QuantizerContract):
     options = VectorQuantizerOptions(dim=8, codebook_size=32, affine=True, update="ema", revive_after=1)
 
 
+class TestAnchored(QuantizerContract):
+    options = VectorQuantizerOptions(dim=8, codebook_size=32, anchor_decay=0.9)
+
+
+class TestAnchoredCosineEma(QuantizerContract):
+    options = VectorQuantizerOptions(dim=8, codebook_size=32, cosine=True, update="ema", anchor_decay=0.9)
+
+
 class TestFixedCodes(QuantizerContract):
     options = VectorQuantizerOptions(dim=8, codebook_size=32, update="none", initialise="normal")
 
@@ -94,3 +103,7 @@ class TestIndexBackpropagation(QuantizerContract):
 class TestIndexBackpropagationWithoutEntropy(QuantizerContract):
     options = IndexBackpropagationOptions(dim=8, codebook_size=32, entropy_weight=0)
     space = (16,)
+
+
+class TestGumbelOfLogits(QuantizerContract):
+    options = GumbelOptions(dim=8, codebook_size=32, temperature=0.9)

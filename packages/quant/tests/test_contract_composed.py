@@ -56,6 +56,10 @@ class TestResidualWithDropout(QuantizerContract):
     options = ResidualOptions(quantizers=(VQ, EMA, VQ), depth=2, dropout_from=2, gradient="levels", quant_grad_frac=0.5)
 
 
+class TestResidualByDiveq(QuantizerContract):
+    options = ResidualOptions(quantizers=(VQ,), depth=3, gradient="diveq", beams=2, eval_beams=3)
+
+
 class TestResidualOfProjected(QuantizerContract):
     options = ResidualOptions(quantizers=(ProjectedOptions(dim=6, quantizer=VQ),), depth=2, gradient="levels")
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smalti.quant.estimators import diveq, rotation_trick, scaled_gradient, straight_through
+from smalti.quant.estimators import diveq, rotation_trick, rotation_trick_plain, scaled_gradient, straight_through
 
 
 def _pair(width: int, seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,6 +70,25 @@ def test_rotation_of_a_token_without_direction_is_straight_through(token: list[f
     (output * probe).sum().backward()
     assert latent.grad is not None
     assert torch.equal(latent.grad, probe)
+
+
+@pytest.mark.parametrize("width", [1, 2, 8, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rotation_is_its_plain_twin_and_keeps_token_and_code_only(width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    token, code, probe = torch.randn(3, 7, 5, width, dtype=dtype)
+    token[0, 0] = 0
+    code[0, 1] = 0
+    latent, twin = (token.clone().requires_grad_() for _ in range(2))
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        output = rotation_trick(latent, code)
+    assert {tensor.data_ptr() for tensor in saved} <= {latent.data_ptr(), code.data_ptr()}
+    (output * probe).sum().backward()
+    expected = rotation_trick_plain(twin, code)
+    (expected * probe).sum().backward()
+    assert torch.equal(output, expected)
+    torch.testing.assert_close(latent.grad, twin.grad)
 
 
 def test_rotation_of_opposite_vectors_is_finite() -> None:

@@ -24,9 +24,17 @@ FAMILIES = (
     "var-quantizer",
     "xqgan-quantizers",
     "gaussiantoken-quantizer",
+    "sejal1d-quantizer-",
+    "titok-quantizer-",
 )
 ELSEWHERE = ("quant-ibq-16384", "quant-ibq-262144", "quant-ibq-llama", "quant-ibq-small", "quant-ibq-tokenizer")
-MODULES = ("quant_parity_vector", "quant_parity_scalar", "quant_parity_composed", "quant_parity_gaussiantoken")
+MODULES = (
+    "quant_parity_vector",
+    "quant_parity_scalar",
+    "quant_parity_composed",
+    "quant_parity_gaussiantoken",
+    "quant_parity_one_dimensional",
+)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from smalti.core.errors import UserError
 from smalti.core.testing import QuantizerContract
 from smalti.quant.beam_search import beam_search
+from smalti.quant.estimators import diveq
 from smalti.quant.fsq import FiniteScalarOptions
 from smalti.quant.lfq import LookupFreeOptions
 from smalti.quant.qinco import ImplicitCodebooks, ImplicitCodebooksOptions
@@ -22,6 +23,7 @@ from smalti.quant.vector import VectorQuantizerOptions
 
 VQ = VectorQuantizerOptions(dim=3, codebook_size=16, initialise="normal")
 EMA = VectorQuantizerOptions(dim=3, codebook_size=16, initialise="normal", update="ema", ema_decay=0.5)
+BITS = LookupFreeOptions(bits=(3,))
 
 
 def _build(*units: object, **options: object) -> Residual:
@@ -199,7 +201,7 @@ def test_beams_learn_from_the_path_they_take() -> None:
     tokens = module(latent).tokens
     rest = latent.flatten(0, 1)
     for level, unit in enumerate(module.units):
-        twin = EMA.build().ema
+        twin = EMA.build().learning.ema
         twin.sums.copy_(codebooks[level])
         twin.update(tokens[..., level].flatten(), rest)
         torch.testing.assert_close(unit.codebook, twin.codebook())
@@ -210,6 +212,37 @@ def _plain_codes(module: ImplicitCodebooks, total: Tensor, level: int) -> Tensor
     """All codes `(N, K, D)` of a level after the sums `(N, D)`."""
     codes = module.codebooks[level].expand(len(total), -1, -1)
     return codes if level == 0 else module.networks[level - 1](total[:, None].expand_as(codes), codes)
+
+
+def test_evaluation_may_follow_more_beams() -> None:
+    latent = torch.randn(2, 40, 3)
+    few, more, wide = (
+        _build(VQ, depth=3, beams=beams, eval_beams=evaluated) for beams, evaluated in ((1, None), (1, 8), (8, None))
+    )
+    assert torch.equal(more.train()(latent).tokens, few.train()(latent).tokens)
+    assert torch.equal(more.eval()(latent).tokens, wide.eval()(latent).tokens)
+    assert not torch.equal(more(latent).tokens, few.eval()(latent).tokens)
+
+
+@pytest.mark.parametrize("variance", [0.0, 0.1])
+def test_diveq_takes_the_distance_to_the_sum_and_moves_all_codes(variance: float) -> None:
+    module = _build(VQ, depth=3, gradient="diveq", diveq_variance=variance).train()
+    latent, probe = torch.randn(2, 9, 3, requires_grad=True), torch.randn(2, 9, 3)
+    torch.manual_seed(1)
+    quantized = module(latent)
+    (quantized.latent * probe).sum().backward()
+    decoded = module.decode(quantized.tokens, (9,))
+    assert torch.equal(quantized.latent, decoded) == (variance == 0)
+    torch.manual_seed(1)
+    twin = latent.detach().clone().requires_grad_()
+    codes = sum(unit.codebook[tokens] for unit, tokens in zip(module.units, quantized.tokens.unbind(-1), strict=True))
+    codebooks = [unit.codebook for unit in module.units]
+    output = (diveq(twin, codes, variance) * probe).sum()
+    expected = torch.autograd.grad(output, [twin, *codebooks])
+    torch.testing.assert_close(latent.grad, expected[0])
+    for codebook, gradient in zip(codebooks, expected[1:], strict=True):
+        torch.testing.assert_close(codebook.grad, gradient)
+    assert torch.equal(module.eval()(latent).latent, decoded)
 
 
 def test_implicit_codebooks_search_among_the_codes_of_each_token() -> None:
@@ -245,8 +278,16 @@ def test_implicit_codebooks_search_among_the_codes_of_each_token() -> None:
         ),
         ({"level_scale": (1.0, 0.5)}, "level_scale needs one number per channel, 3, got 2"),
         ({"depth": 2, "dropout_from": 3}, "dropout_from is 3, but there are 2 levels"),
-        ({"quantizers": (LookupFreeOptions(bits=(3,)),), "beams": 2}, "beam search needs vq units: set beams to 1"),
+        ({"quantizers": (BITS,), "beams": 2}, "beam search needs vq units: set beams to 1"),
         ({"beams": 2, "level_scale": 0.5}, "beam search needs levels of one scale, got level_scale 0.5"),
+        (
+            {"quantizers": (LookupFreeOptions(bits=(3,)),), "eval_beams": 2},
+            "beam search needs vq units: set beams to 1",
+        ),
+        (
+            {"quantizers": (EMA,), "gradient": "diveq"},
+            "gradient: diveq moves the codes by their gradient: the units need update: loss",
+        ),
     ],
 )
 def test_wrong_options_are_told(options: dict[str, object], sentence: str) -> None:

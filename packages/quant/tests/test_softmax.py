@@ -33,12 +33,12 @@ def test_draws_follow_the_softmax() -> None:
     torch.manual_seed(0)
     codebook, vector = torch.randn(5, 3), torch.randn(1, 3)
     shares = torch.softmax(dot_affinities(codebook)(vector) / 0.5, dim=1)[0]
-    drawn = best_code(vector.expand(40000, 3), dot_affinities(codebook), 5, temperature=0.5, noise_seed=3)
+    drawn = best_code(vector.expand(40000, 3), dot_affinities(codebook), 5, temperature=0.5, noise_seed=torch.tensor(3))
     found = torch.bincount(drawn, minlength=5) / 40000
     torch.testing.assert_close(found, shares, atol=0.01, rtol=0)
-    again = best_code(vector.expand(40000, 3), dot_affinities(codebook), 5, temperature=0.5, noise_seed=3)
+    again = best_code(vector.expand(40000, 3), dot_affinities(codebook), 5, temperature=0.5, noise_seed=torch.tensor(3))
     assert torch.equal(drawn, again)
-    other = best_code(vector.expand(40000, 3), dot_affinities(codebook), 5, temperature=0.5, noise_seed=4)
+    other = best_code(vector.expand(40000, 3), dot_affinities(codebook), 5, temperature=0.5, noise_seed=torch.tensor(4))
     assert not torch.equal(drawn, other)
 
 
@@ -51,15 +51,15 @@ def test_the_mean_code_is_that_of_the_softmax_with_the_noise_of_the_draw() -> No
         torch.softmax(affinities(vectors) / 0.7, dim=1) @ codebook,
     )
     # At a temperature near 0 the mean is the drawn code.
-    drawn = best_code(vectors, affinities, 5, temperature=1e-3, noise_seed=8)
-    mean = expected_code(vectors, codebook, affinities, temperature=1e-3, noise_seed=8)
+    drawn = best_code(vectors, affinities, 5, temperature=1e-3, noise_seed=torch.tensor(8))
+    mean = expected_code(vectors, codebook, affinities, temperature=1e-3, noise_seed=torch.tensor(8))
     near = (mean - codebook[drawn]).abs().amax(1) < 1e-3
     assert near.float().mean() > 0.99
 
 
-@pytest.mark.parametrize("noise_seed", [None, 5])
+@pytest.mark.parametrize("noise_seed", [None, torch.tensor(5)])
 def test_gradients_are_those_of_finite_differences_with_blocks(
-    monkeypatch: pytest.MonkeyPatch, noise_seed: int | None
+    monkeypatch: pytest.MonkeyPatch, noise_seed: Tensor | None
 ) -> None:
     monkeypatch.setattr(softmax, "BLOCK", 2 * 6)
     vectors = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)

@@ -43,8 +43,8 @@ def results(data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> A
 @pytest.mark.parametrize("update", ["loss", "ema"])
 def test_replicas_stay_equal_to_the_last_bit(results: Any, update: str) -> None:
     first, second = (result[update] for result in results)
-    assert bool(first["1.initialised"])
-    assert first["1.revival.step"] == 6
+    assert bool(first["1.learning.initialised"])
+    assert first["1.learning.revival.step"] == 6
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
 

@@ -167,8 +167,8 @@ def branch_residual(case: dict[str, Any], parity: ModuleType) -> Stages:
     weights, vq = weights_of(case, parity), module.units[0]
     with torch.no_grad():
         vq.codebook.copy_(weights["codebook.weight"])
-        vq.ema.counts.copy_(weights["ema_sumn"])
-        vq.ema.sums.copy_(weights["ema_sumz"])
+        vq.learning.ema.counts.copy_(weights["ema_sumn"])
+        vq.learning.ema.sums.copy_(weights["ema_sumz"])
     latent = parity.fill_case_inputs(case)["latent"].movedim(1, -1)
     space, depth = latent.shape[1:-1], params["depth"]
     tokens = module.eval()(latent).tokens
@@ -176,7 +176,7 @@ def branch_residual(case: dict[str, Any], parity: ModuleType) -> Stages:
     health = CodebookHealth((params["codebook_num"],))
     health.update(tokens.view(len(tokens), -1, 1))
     # The branch takes the whole latent, where the residual belongs, into the sums of every level; ours does not.
-    statistics, flat = copy.deepcopy(vq.ema), latent.reshape(-1, latent.shape[-1])
+    statistics, flat = copy.deepcopy(vq.learning.ema), latent.reshape(-1, latent.shape[-1])
     hits = statistics.update(tokens.flatten(0, 1).T.flatten(), flat.repeat(depth, 1))
     codebook = torch.where(hits[:, None] > 0, statistics.codebook(smoothing=False), vq.codebook)
     return {

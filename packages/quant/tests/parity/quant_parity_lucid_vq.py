@@ -69,8 +69,19 @@ LUCID = {
     "affine_param_batch_decay": 0.99,
     "affine_param_codebook_decay": 0.9,
     "stochastic_sample_codes": False,
+    "straight_through": False,
+    "sample_codebook_temp": 1.0,
     "kmeans_init": False,
+    "kmeans_iters": 10,
+    "sync_kmeans": True,
     "sync_codebook": False,
+    "sync_affine_param": False,
+    "vq_bridge": None,
+    "manual_ema_update": False,
+    "manual_in_place_optimizer_update": False,
+    "freeze_codebook": False,
+    "route_gradients_to_input": True,
+    "accept_3d_fmap": False,
     "channel_last": True,
     "accept_image_fmap": False,
     "return_zeros_for_masked_padding": True,
@@ -92,9 +103,16 @@ class Lucid:
             params,
             eps=1e-5,
             stochastic_sample_codes=False,
+            straight_through=False,
             kmeans_init=False,
-            orthogonal_reg_max_codes=None,
+            vq_bridge=None,
+            manual_ema_update=False,
+            manual_in_place_optimizer_update=False,
+            route_gradients_to_input=True,
+            accept_3d_fmap=False,
         )
+        if params["freeze_codebook"]:
+            params |= {"ema_update": False, "threshold_ema_dead_code": 0}
         self.state = state
         width = params["codebook_dim"] or params["dim"]
         estimator = "rotation" if params["rotation_trick"] else "straight-through"
@@ -133,8 +151,8 @@ class Lucid:
         for unit in self.units:
             unit.register_forward_hook(lambda _, args, result: self.seen.append((args[0], result.tokens)))
             if params["affine_param"]:
-                unit.affine.batch_decay = params["affine_param_batch_decay"]
-                unit.affine.codebook_decay = params["affine_param_codebook_decay"]
+                unit.learning.affine.batch_decay = params["affine_param_batch_decay"]
+                unit.learning.affine.codebook_decay = params["affine_param_codebook_decay"]
         with torch.no_grad():
             self._load()
         # Where averages move no codes, DiVeQ keeps the statistics going all the same.
@@ -149,8 +167,8 @@ class Lucid:
         for head, unit in enumerate(self.units):
             unit.codebook.copy_(embed[head])
             if self.params["ema_update"]:
-                unit.ema.counts.copy_(self.state["_codebook.cluster_size"][head])
-                unit.ema.sums.copy_(self.state["_codebook.embed_avg"][head])
+                unit.learning.ema.counts.copy_(self.state["_codebook.cluster_size"][head])
+                unit.learning.ema.sums.copy_(self.state["_codebook.embed_avg"][head])
         ours = dict(self.quantizer.named_parameters())
         for key, value in self.state.items():
             if not key.startswith("_codebook."):
@@ -249,6 +267,8 @@ class Lucid:
             if params["orthogonal_reg_active_codes_only"]:
                 (codebook,) = codebooks
                 codebooks = [codebook[quantized.tokens.unique()]]
+            largest = params["orthogonal_reg_max_codes"]
+            assert largest is None or len(codebooks[0]) <= largest, "a random subset of the codes"
             parts["orthogonal_reg"] = orthogonal_loss(torch.stack(codebooks))
         return self.as_given(output), self.tokens(quantized.tokens, latent), parts
 
@@ -262,7 +282,7 @@ class Lucid:
 
     def statistics(self, step: int) -> Stages:
         embed = torch.stack([unit.codebook.detach().clone() for unit in self.units])
-        kept = [unit.ema for unit in self.units] if self.params["ema_update"] else self.idle
+        kept = [unit.learning.ema for unit in self.units] if self.params["ema_update"] else self.idle
         counts = torch.stack([statistics.counts.clone() for statistics in kept])
         sums = torch.stack([statistics.sums.clone() for statistics in kept])
         return {f"embed_after{step}": embed, f"cluster_size_after{step}": counts, f"embed_avg_after{step}": sums}
@@ -287,14 +307,14 @@ def lucid(case: dict[str, Any], parity: ModuleType) -> Stages:
     if system.params["affine_param"]:
         # There evaluation moves the statistics of tokens, too, but not those of the codebook; ours moves none.
         (unit,) = system.units
-        unit.affine.observe(system.unit_input(system.channel_last(latent)).flatten(0, -2), unit.codebook)
-        mean, variance = unit.affine.codebook_mean.clone(), unit.affine.codebook_variance.clone()
-        unit.affine.codebook_mean.fill_(0)
-        unit.affine.codebook_variance.fill_(1)
+        unit.learning.affine.observe(system.unit_input(system.channel_last(latent)).flatten(0, -2), unit.codebook)
+        mean, variance = unit.learning.affine.codebook_mean.clone(), unit.learning.affine.codebook_variance.clone()
+        unit.learning.affine.codebook_mean.fill_(0)
+        unit.learning.affine.codebook_variance.fill_(1)
     output, tokens, _ = _evaluated(system, latent, mask)
     if system.params["affine_param"]:
-        unit.affine.codebook_mean.copy_(mean)
-        unit.affine.codebook_variance.copy_(variance)
+        unit.learning.affine.codebook_mean.copy_(mean)
+        unit.learning.affine.codebook_variance.copy_(variance)
     stages: Stages = {"eval_quantized": output, "eval_indices": tokens}
     if config["decode"]:
         space = tuple(system.channel_last(latent).shape[1:-1])

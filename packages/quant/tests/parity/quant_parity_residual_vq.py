@@ -85,8 +85,8 @@ def load_vq(unit: Quantizer, weights: dict[str, Tensor], prefix: str, head: int 
     with torch.no_grad():
         unit.codebook.copy_(codebook)
         if unit.options.update == "ema":
-            unit.ema.counts.copy_(weights[f"{prefix}_codebook.cluster_size"][head])
-            unit.ema.sums.copy_(weights[f"{prefix}_codebook.embed_avg"][head])
+            unit.learning.ema.counts.copy_(weights[f"{prefix}_codebook.cluster_size"][head])
+            unit.learning.ema.sums.copy_(weights[f"{prefix}_codebook.embed_avg"][head])
 
 
 def load_projections(module: nn.Module, weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -212,14 +212,20 @@ def residual_vq(case: dict[str, Any], parity: ModuleType) -> Stages:
     dropout = {key: params.pop(key) for key in list(params) if key.startswith("quantize_dropout")}
     only(dropout, "quantize_dropout", "quantize_dropout_cutoff_index", "quantize_dropout_multiple_of")
     fraction, beams = params.pop("quant_grad_frac", 0.0), params.pop("beam_size", None) or 1
+    eval_beams, by_diveq = params.pop("eval_beam_size", None), params.pop("diveq", False)
+    if by_diveq:
+        # It turns the levels' losses and averages off.
+        params |= {"learnable_codebook": True, "ema_update": False, "commitment_weight": 0.0}
     units = [vq_options(params, inner, size) for size in sizes]
     stack = ResidualOptions(
         quantizers=units[:1] if shared else units,
         depth=depth if shared else 1,
         shared=shared,
-        gradient="levels",
+        gradient="diveq" if by_diveq else "levels",
+        diveq_variance=0.0,  # a case of drawn noise would have no one answer
         quant_grad_frac=fraction,
         beams=beams,
+        eval_beams=eval_beams,
         dropout_from=1 + dropout.get("quantize_dropout_cutoff_index", 0) if dropout.get("quantize_dropout") else None,
         dropout_multiple=dropout.get("quantize_dropout_multiple_of", 1),
     )

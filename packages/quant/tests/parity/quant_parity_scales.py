@@ -27,27 +27,49 @@ def _load_phi(module: MultiScale, weights: dict[str, Tensor], key: str) -> None:
 
 def hierarchical(case: dict[str, Any], parity: ModuleType) -> Stages:
     params = dict(only(dict(case["config"]), "params", "latent_scale")["params"])
-    assert params.pop("accept_image_fmap")
-    assert not params.pop("kmeans_init")
+    images = params.pop("accept_image_fmap", False)
+    assert not params.pop("accept_3d_fmap", False), "ours quantizes images and sequences"
+    assert not params.pop("kmeans_init", True), "what is drawn first is random there"
+    for training in ("nested_dropout", "nested_dropout_min_levels"):
+        params.pop(training, None)
+    channel_first, shared = params.pop("channel_first", True), params.pop("shared_codebook", True)
     dim, size, scales = params.pop("dim"), params.pop("codebook_size"), params.pop("scales")
+    if not isinstance(size, int):
+        assert len(set(size)) == 1, "ours has scales of one vocabulary"
+        size = size[0]
     share, ratio = params.pop("share_quant_resi", 1), params.pop("quant_resi", 0.5)
+    # A sequence is an image of one row.
+    lengths = scales if images else [(1, *(scale if isinstance(scale, list) else [scale])) for scale in scales]
     module = MultiScaleOptions(
         quantizer=vq_options({"decay": 0.99, **params}, dim, size),
-        scales=scales,
-        phi=(share if share > 0 else len(scales)) if ratio else 0,
+        shared=shared,
+        scales=lengths,
+        phi=(min(share, len(scales)) if share > 0 else len(scales)) if ratio else 0,
         phi_ratio=abs(ratio) or 0.5,
         phi_rule="rounded",
         enlargement="bilinear",
     ).build()
     weights = weights_of(case, parity)
-    load_vq(module.units[0], weights, "vq.")
-    _load_phi(module, weights, "phi_levels.{}.conv")
-    latent = parity.fill_case_inputs(case)["latent"].movedim(1, -1) * case["config"].get("latent_scale", 0.2)
+    for number, unit in enumerate(module.units):
+        load_vq(unit, weights, "vq." if shared else f"vqs.{number}.")
+    key = "phi_shared.conv" if share == 1 else "phi_levels.{}.conv"
+    if not images:
+        rows = {name: F.pad(weight[:, :, None], (0, 0, 1, 1)) for name, weight in weights.items() if weight.ndim == 3}
+        weights |= {name: weight for name, weight in rows.items() if name.endswith("conv.weight")}
+    _load_phi(module, weights, key)
+    given = parity.fill_case_inputs(case)["latent"] * case["config"].get("latent_scale", 0.2)
+    latent = given.movedim(1, -1) if channel_first else given
+    latent = latent if images else latent[:, None]
+
+    def as_given(output: Tensor) -> Tensor:
+        output = output if images else output[:, 0]
+        return output.movedim(-1, 1) if channel_first else output
+
     quantized = module.eval()(latent)
     return {
-        "quantized": quantized.latent.movedim(-1, 1),
+        "quantized": as_given(quantized.latent),
         "indices": quantized.tokens[..., 0],
-        "decode": module.decode(quantized.tokens, latent.shape[1:-1]).movedim(-1, 1),
+        "decode": as_given(module.decode(quantized.tokens, latent.shape[1:-1])),
     }
 
 

@@ -98,12 +98,16 @@ def vistok(case: dict[str, Any], parity: ModuleType) -> Stages:
                 **sizes, update="ema", ema_decay=params["ema_decay"], ema_smoothing=False
             ).build()
             averaged.load_state_dict(
-                {"codebook": state["codebook.weight"], "ema.counts": state["ema_sumn"], "ema.sums": state["ema_sumz"]}
+                {
+                    "codebook": state["codebook.weight"],
+                    "learning.ema.counts": state["ema_sumn"],
+                    "learning.ema.sums": state["ema_sumz"],
+                }
             )
             step = _Run(case, parity, averaged, config["latent_scale"])
             assert torch.equal(step.stages["quantized"], run.stages["quantized"])
-            run.stages |= {"codebook_after": averaged.codebook, "ema_sumz_after": averaged.ema.sums}
-            run.stages |= {"ema_sumn_after": averaged.ema.counts}
+            run.stages |= {"codebook_after": averaged.codebook, "ema_sumz_after": averaged.learning.ema.sums}
+            run.stages |= {"ema_sumn_after": averaged.learning.ema.counts}
     if "entropy" in run.losses:
         run.stages["loss_entropy"] = pair(run.losses["entropy"] / weights["entropy"])
     return {
@@ -299,8 +303,8 @@ def lucid_kmeans(case: dict[str, Any], parity: ModuleType) -> Stages:
         "bins_cos": cosine_bins[None],
         "init_indices": quantized.tokens[..., 0],
         "init_embed": quantizer.codebook[None],
-        "init_cluster_size": quantizer.ema.counts[None],
-        "init_embed_avg": quantizer.ema.sums[None],
+        "init_cluster_size": quantizer.learning.ema.counts[None],
+        "init_embed_avg": quantizer.learning.ema.sums[None],
     }
 
 

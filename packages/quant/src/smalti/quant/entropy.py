@@ -105,7 +105,7 @@ def bits_entropy(logits: Tensor, *, group: int | None = None, floor: LogFloor = 
         logits: float `(N, d)`, log-odds of every bit; N at least 1.
         group: g, a divisor of d. The mean distribution is then taken over the strings of every g bits, and the
             entropies of the d / g groups are added up, never less than the exact one. g = d (the default) is exact,
-            g = 1 the form of XQ-GAN, between lies that of BSQ (Zhao et al. 2024, section 3.2).
+            g = 1 the form of XQ-GAN, between lies that of BSQ (Zhao et al. 2024).
         floor: see `LogFloor`; it concerns the mean distribution only, a token's entropy is exact.
 
     Raises:

@@ -9,6 +9,8 @@ Legend: D width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,7 +29,7 @@ def straight_through(latent: Tensor, codes: Tensor) -> Tensor:
     Returns:
         A tensor of the dtype of `codes`.
     """
-    return codes.detach() + _gradient_of(latent, codes.dtype)
+    return _gradient_of(latent, codes.dtype).add_(codes.detach())
 
 
 def rotation_trick(latent: Tensor, codes: Tensor) -> Tensor:
@@ -44,17 +46,58 @@ def rotation_trick(latent: Tensor, codes: Tensor) -> Tensor:
     Returns:
         A tensor of the dtype of `codes`.
     """
-    with torch.no_grad():
-        length = latent.norm(dim=-1, keepdim=True)
-        short = length < SHORTEST
-        source = F.normalize(latent, dim=-1, eps=SHORTEST)
-        target = F.normalize(codes, dim=-1, eps=SHORTEST)
-        between = F.normalize(source + target, dim=-1, eps=SHORTEST)
-        scale = codes.norm(dim=-1, keepdim=True) / length.clamp(min=SHORTEST)
+    turned: Tensor = _rotation(latent, codes.detach())
+    return turned
+
+
+# An operator with a gradient of its own keeps token and code only, as the commitment loss does; the formula
+# would keep their directions as well.
+@torch.library.custom_op("smalti::rotation", mutates_args=())
+def _rotation(latent: Tensor, codes: Tensor) -> Tensor:
+    return (latent - latent).to(codes.dtype).add_(codes)
+
+
+@_rotation.register_fake
+def _(latent: Tensor, codes: Tensor) -> Tensor:
+    return torch.empty_like(codes)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _turned_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    latent, codes = ctx.saved_tensors
+    gradient = gradient.to(latent.dtype)
+    length = latent.norm(dim=-1, keepdim=True)
+    short = length < SHORTEST
+    scale = (codes.norm(dim=-1, keepdim=True) / length).masked_fill_(short, 1)
+    source, target, between = _directions(latent, codes)
+    # The transposed rotation, in the memory of what it needs: fresh memory costs more than the arithmetic.
+    along = 2 * (gradient * target).sum(-1, keepdim=True).masked_fill_(short, 0)
+    across = -2 * (gradient * between).sum(-1, keepdim=True).masked_fill_(short, 0)
+    return between.mul_(across).add_(source.mul_(along)).add_(gradient).mul_(scale), None
+
+
+_rotation.register_autograd(_turned_back, setup_context=_keep)
+
+
+def rotation_trick_plain(latent: Tensor, codes: Tensor) -> Tensor:
+    """What `rotation_trick` computes, by definition: the formula, with all but x detached."""
+    length = latent.detach().norm(dim=-1, keepdim=True)
+    scale = codes.detach().norm(dim=-1, keepdim=True) / length.clamp(min=SHORTEST)
+    source, target, between = _directions(latent.detach(), codes.detach())
     along = (latent * between).sum(-1, keepdim=True) * between
     onto = (latent * source).sum(-1, keepdim=True) * target
-    turned = torch.where(short, latent, scale * (latent - 2 * along + 2 * onto))
+    turned = torch.where(length < SHORTEST, latent, scale * (latent - 2 * along + 2 * onto))
     return codes.detach() + _gradient_of(turned, codes.dtype)
+
+
+def _directions(latent: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of token, code, and their middle."""
+    source = F.normalize(latent, dim=-1, eps=SHORTEST)
+    target = F.normalize(codes, dim=-1, eps=SHORTEST)
+    return source, target, F.normalize(source + target, dim=-1, eps=SHORTEST)
 
 
 def diveq(latent: Tensor, codes: Tensor, variance: float) -> Tensor:

@@ -81,7 +81,7 @@ class Factorized(Quantizer):
 
 
 def disentanglement(branches: Sequence[Tensor]) -> Tensor:
-    """Mean squared cosine between two branches' vectors at one position, averaged over all pairs (FQGAN, section 3.2).
+    """Mean squared cosine between two branches' vectors at one position, averaged over all pairs (FQGAN).
 
     Args:
         branches: at least two tensors `(..., d)`.

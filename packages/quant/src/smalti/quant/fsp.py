@@ -16,8 +16,8 @@ from torch import Tensor
 from smalti.core.contracts import Quantized, Quantizer
 from smalti.core.options import QuantizerOptions
 from smalti.quant.estimators import straight_through
-from smalti.quant.inputs import check_latent, check_token_space, float32_or_wider, full_precision
-from smalti.quant.packing import Levels, pack_digits, place_values, unpack_digits
+from smalti.quant.inputs import checked_latent
+from smalti.quant.packing import Levels, Packing
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -94,19 +94,15 @@ class FiniteScalarPerturbation(Quantizer):
     """
 
     options: FiniteScalarPerturbationOptions
-    levels: Tensor
-    places: Tensor
     like: Tensor
 
     def __init__(self, options: FiniteScalarPerturbationOptions) -> None:
         super().__init__()
         self.options = options
         self.dim = len(options.levels)
-        self.vocab = (math.prod(options.levels),)
+        self.packing = Packing(options.levels)
+        self.vocab = self.packing.vocab
         self.distribution = DISTRIBUTIONS[options.activation]
-        # Integers, so that they stay exact where the module is converted to another type.
-        self.register_buffer("levels", torch.tensor(options.levels), persistent=False)
-        self.register_buffer("places", torch.tensor(place_values(options.levels)), persistent=False)
         # Codes come in its type.
         self.register_buffer("like", torch.empty(0), persistent=False)
 
@@ -116,20 +112,17 @@ class FiniteScalarPerturbation(Quantizer):
         Raises:
             UserError: another width than D, a type that is not float, an empty training batch.
         """
-        check_latent(latent, self.dim, training=self.training)
-        with full_precision(latent):
-            channels = float32_or_wider(latent)
+        with checked_latent(latent, self.dim, training=self.training) as channels:
             shares = self.distribution.cumulative(channels)
             below_one = 1 - torch.finfo(shares.dtype).eps
-            digits = (shares.detach().clamp(max=below_one) * self.levels).long()
-            tokens = pack_digits(digits, self.places).view(len(latent), math.prod(latent.shape[1:-1]), 1)
+            digits = (shares.detach().clamp(max=below_one) * self.packing.levels).long()
             centres, losses = self._centres(digits, shares.dtype), {}
             if self.training:
                 centres = self._perturbed(shares.detach(), centres)
                 losses["moments"] = self._moments(channels.reshape(-1, self.dim))
             # F^-1(F(z)) is z itself.
             source = self._uniform(shares) if self.options.output == "uniform" else channels
-            return Quantized(straight_through(source, self._outputs(centres)), tokens, losses)
+            return Quantized(straight_through(source, self._outputs(centres)), self.packing.pack(digits), losses)
 
     def decode(self, tokens: Tensor, space: tuple[int, ...]) -> Tensor:
         """Codes `(B, *space, D)` of tokens `(B, L, 1)`.
@@ -137,12 +130,11 @@ class FiniteScalarPerturbation(Quantizer):
         Raises:
             UserError: tokens of another shape or type, out of range, or that do not fill `space`.
         """
-        check_token_space(tokens, space, self.vocab)
-        digits = unpack_digits(tokens.view(len(tokens), *space), self.places, self.levels)
+        digits = self.packing.unpack(tokens, space)
         return self._outputs(self._centres(digits, torch.promote_types(self.like.dtype, torch.float32)))
 
     def _centres(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
-        return (digits.to(dtype) + 0.5) / self.levels
+        return (digits.to(dtype) + 0.5) / self.packing.levels
 
     def _uniform(self, shares: Tensor) -> Tensor:
         return math.sqrt(12) * (shares - 0.5)
@@ -152,7 +144,7 @@ class FiniteScalarPerturbation(Quantizer):
         return outputs(shares).to(self.like.dtype)
 
     def _perturbed(self, shares: Tensor, centres: Tensor) -> Tensor:
-        moved = shares + (torch.rand_like(shares) - 0.5) / self.levels
+        moved = shares + (torch.rand_like(shares) - 0.5) / self.packing.levels
         chosen = (torch.rand_like(shares) < self.options.noise) & (moved > 0) & (moved < 1)
         return torch.where(chosen, moved, centres)
 

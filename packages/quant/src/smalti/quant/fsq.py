@@ -5,7 +5,6 @@ Legend: B batch, L token positions, D latent width, n levels of a channel.
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal, Self
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor
 from smalti.core.contracts import Quantized, Quantizer
 from smalti.core.options import QuantizerOptions
 from smalti.quant.estimators import straight_through
-from smalti.quant.inputs import check_latent, check_token_space, float32_or_wider, full_precision
-from smalti.quant.packing import Levels, pack_digits, place_values, unpack_digits
+from smalti.quant.inputs import checked_latent
+from smalti.quant.packing import Levels, Packing
 
 
 class FiniteScalarOptions(QuantizerOptions):
@@ -25,13 +24,13 @@ class FiniteScalarOptions(QuantizerOptions):
     Args:
         levels: how many values each channel takes; the first channel varies fastest with the token.
         symmetric: values from -1 to 1 for even levels, too (Parker et al. 2024, "Scaling transformers for low-bitrate
-            high-quality speech coding", equation 1); else those of Mentzer et al., from -1 to 1 - 2/n. A channel of
+            high-quality speech coding"); else those of Mentzer et al., from -1 to 1 - 2/n. A channel of
             2 levels needs it.
         bound: how a channel gets into its range: `tanh`, or `clamp` to [-1, 1], with no gradient outside.
         margin: by what share the range of the asymmetric form goes beyond the middles of the outer levels. Models of
             visual-tokenizer-pytorch from before 29 October 2024 need -1e-3.
         noise: of the symmetric form, the probability that a channel in training is not rounded, but gets uniform noise
-            as wide as the step between its levels (Parker et al., equation 2). Tokens are always the rounded ones.
+            as wide as the step between its levels (Parker et al.). Tokens are always the rounded ones.
     """
 
     name: Literal["fsq"] = "fsq"
@@ -58,18 +57,14 @@ class FiniteScalarQuantizer(Quantizer):
     """FSQ, with a straight-through gradient of the rounding; there are no weights and no losses."""
 
     options: FiniteScalarOptions
-    levels: Tensor
-    places: Tensor
     like: Tensor
 
     def __init__(self, options: FiniteScalarOptions) -> None:
         super().__init__()
         self.options = options
         self.dim = len(options.levels)
-        self.vocab = (math.prod(options.levels),)
-        # Integers, so that they stay exact where the module is converted to another type.
-        self.register_buffer("levels", torch.tensor(options.levels), persistent=False)
-        self.register_buffer("places", torch.tensor(place_values(options.levels)), persistent=False)
+        self.packing = Packing(options.levels)
+        self.vocab = self.packing.vocab
         # Codes come in its type.
         self.register_buffer("like", torch.empty(0), persistent=False)
 
@@ -79,17 +74,16 @@ class FiniteScalarQuantizer(Quantizer):
         Raises:
             UserError: another width than D, a type that is not float, an empty training batch.
         """
-        check_latent(latent, self.dim, training=self.training)
-        with full_precision(latent):
-            steps = self._steps(float32_or_wider(latent))
+        with checked_latent(latent, self.dim, training=self.training) as channels:
+            steps = self._steps(channels)
             # The original rounds half to even in one form and half up in the other.
             rounded = torch.floor(steps + 0.5) if self.options.symmetric else torch.round(steps)
-            tokens = pack_digits(rounded.detach().long() - self._lowest(), self.places)
+            tokens = self.packing.pack(rounded.detach().long() - self._lowest())
             codes = straight_through(self._values(steps), self._codes(rounded))
             if self.training and self.options.noise > 0:
                 noisy = self._values(steps + torch.rand_like(steps) - 0.5)
                 codes = torch.where(torch.rand_like(steps) < self.options.noise, noisy.to(codes.dtype), codes)
-            return Quantized(codes, tokens.view(len(latent), math.prod(latent.shape[1:-1]), 1), {})
+            return Quantized(codes, tokens, {})
 
     def decode(self, tokens: Tensor, space: tuple[int, ...]) -> Tensor:
         """Codes `(B, *space, D)` of tokens `(B, L, 1)`.
@@ -97,29 +91,28 @@ class FiniteScalarQuantizer(Quantizer):
         Raises:
             UserError: tokens of another shape or type, out of range, or that do not fill `space`.
         """
-        check_token_space(tokens, space, self.vocab)
-        digits = unpack_digits(tokens.view(len(tokens), *space), self.places, self.levels)
+        digits = self.packing.unpack(tokens, space)
         return self._codes((digits + self._lowest()).to(torch.promote_types(self.like.dtype, torch.float32)))
 
     def _steps(self, latent: Tensor) -> Tensor:
         """The latent within its range, where levels are whole numbers: 0 to n - 1 if symmetric, else around 0."""
         squash, inverse = (torch.tanh, torch.atanh) if self.options.bound == "tanh" else (_clamp, _same)
-        gaps = self.levels.to(latent.dtype) - 1
+        gaps = self.packing.levels.to(latent.dtype) - 1
         if self.options.symmetric:
             return gaps * (squash(latent) + 1) / 2
         half = gaps * ((1 + self.options.margin) / 2)
         # Even levels have no middle one: half a step to the left of it lies the zero of the latent.
-        offset = 0.5 * (self.levels % 2 == 0)
+        offset = 0.5 * (self.packing.levels % 2 == 0)
         return squash(latent + inverse(offset / half)) * half - offset
 
     def _lowest(self) -> Tensor | int:
-        return 0 if self.options.symmetric else -(self.levels // 2)
+        return 0 if self.options.symmetric else -(self.packing.levels // 2)
 
     def _values(self, steps: Tensor) -> Tensor:
         """Steps to the range of the codes, [-1, 1]."""
         if self.options.symmetric:
-            return steps * 2 / (self.levels - 1) - 1
-        return steps / (self.levels // 2)
+            return steps * 2 / (self.packing.levels - 1) - 1
+        return steps / (self.packing.levels // 2)
 
     def _codes(self, rounded: Tensor) -> Tensor:
         return self._values(rounded).to(self.like.dtype)

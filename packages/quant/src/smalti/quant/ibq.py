@@ -5,7 +5,6 @@ Legend: B batch, L token positions, D latent width, K codes, N = B * L.
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from smalti.core.contracts import Quantized, Quantizer
 from smalti.core.options import QuantizerOptions
 from smalti.quant.entropy import affinity_entropy, dot_affinities
-from smalti.quant.inputs import check_latent, check_token_space, float32_or_wider, full_precision
+from smalti.quant.inputs import as_tokens, check_token_space, checked_latent, float32_or_wider
 from smalti.quant.softmax import best_code, expected_code
 
 Weight = Annotated[float, Field(ge=0)]
@@ -79,9 +78,7 @@ class IndexBackpropagation(Quantizer):
         Raises:
             UserError: another width than D, a type that is not float, an empty training batch.
         """
-        check_latent(latent, self.dim, training=self.training)
-        with full_precision(latent):
-            vectors = float32_or_wider(latent)
+        with checked_latent(latent, self.dim, training=self.training) as vectors:
             codebook = float32_or_wider(self.codebook)
             flat = vectors.reshape(-1, self.dim)
             tokens = best_code(flat, dot_affinities(codebook), len(codebook))
@@ -91,8 +88,7 @@ class IndexBackpropagation(Quantizer):
                 mean = expected_code(flat, codebook, dot_affinities(codebook)).view(vectors.shape)
                 quantized = codes + (mean - mean.detach())
             losses = self._losses(vectors, codes, quantized) if self.training else {}
-            tokens = tokens.view(len(latent), math.prod(latent.shape[1:-1]), 1)
-            return Quantized(quantized.to(self.codebook.dtype), tokens, losses)
+            return Quantized(quantized.to(self.codebook.dtype), as_tokens(tokens, latent), losses)
 
     def decode(self, tokens: Tensor, space: tuple[int, ...]) -> Tensor:
         """Codes `(B, *space, D)` of tokens `(B, L, 1)`.

@@ -6,6 +6,8 @@ Legend: B batch, L token positions, S streams, D latent width, K codes of a stre
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -32,6 +34,23 @@ def check_latent(latent: Tensor, dim: int, *, training: bool) -> None:
         )
     if training and latent.numel() == 0:
         raise UserError(f"a training batch needs at least one token, got a latent of {tuple(latent.shape)}")
+
+
+@contextmanager
+def checked_latent(latent: Tensor, dim: int, *, training: bool) -> Iterator[Tensor]:
+    """A context with the latent in float32, or wider, in which autocast touches nothing.
+
+    Raises:
+        UserError: what `check_latent` says.
+    """
+    check_latent(latent, dim, training=training)
+    with full_precision(latent):
+        yield float32_or_wider(latent)
+
+
+def as_tokens(indices: Tensor, latent: Tensor, streams: int = 1) -> Tensor:
+    """The indices of all positions of a latent `(B, *space, D)`, one after the other, as tokens `(B, L, S)`."""
+    return indices.view(len(latent), math.prod(latent.shape[1:-1]), streams)
 
 
 def check_token_space(tokens: Tensor, space: tuple[int, ...], vocab: tuple[int, ...]) -> None:

@@ -5,7 +5,6 @@ Legend: B batch, L token positions, D latent width, n values of a channel.
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 from smalti.core.contracts import Quantized, Quantizer
 from smalti.core.options import QuantizerOptions
 from smalti.quant.estimators import straight_through
-from smalti.quant.inputs import check_latent, check_token_space, float32_or_wider, full_precision
-from smalti.quant.packing import Levels, pack_digits, place_values, unpack_digits
+from smalti.quant.inputs import checked_latent, float32_or_wider
+from smalti.quant.packing import Levels, Packing
 
 
 class LatentOptions(QuantizerOptions):
@@ -53,18 +52,15 @@ class LatentQuantizer(Quantizer):
     """
 
     options: LatentOptions
-    levels: Tensor
-    places: Tensor
 
     def __init__(self, options: LatentOptions) -> None:
         super().__init__()
         self.options = options
         self.dim = len(options.levels)
-        self.vocab = (math.prod(options.levels),)
+        self.packing = Packing(options.levels)
+        self.vocab = self.packing.vocab
         starts = [torch.arange(levels) / (levels - levels % 2) - 0.5 for levels in options.levels]
         self.values = nn.ParameterList(nn.Parameter(start, requires_grad=options.learned) for start in starts)
-        self.register_buffer("levels", torch.tensor(options.levels), persistent=False)
-        self.register_buffer("places", torch.tensor(place_values(options.levels)), persistent=False)
 
     def forward(self, latent: Tensor) -> Quantized:
         """Quantize `(B, *space, D)`.
@@ -72,14 +68,11 @@ class LatentQuantizer(Quantizer):
         Raises:
             UserError: another width than D, a type that is not float, an empty training batch.
         """
-        check_latent(latent, self.dim, training=self.training)
-        with full_precision(latent):
-            channels = float32_or_wider(latent)
+        with checked_latent(latent, self.dim, training=self.training) as channels:
             digits = self._nearest(channels.detach())
             codes = self._codes(digits)
-            tokens = pack_digits(digits, self.places).view(len(latent), math.prod(latent.shape[1:-1]), 1)
             losses = self._losses(channels, codes) if self.training else {}
-            return Quantized(straight_through(channels, codes), tokens, losses)
+            return Quantized(straight_through(channels, codes), self.packing.pack(digits), losses)
 
     def decode(self, tokens: Tensor, space: tuple[int, ...]) -> Tensor:
         """Codes `(B, *space, D)` of tokens `(B, L, 1)`.
@@ -87,8 +80,7 @@ class LatentQuantizer(Quantizer):
         Raises:
             UserError: tokens of another shape or type, out of range, or that do not fill `space`.
         """
-        check_token_space(tokens, space, self.vocab)
-        return self._codes(unpack_digits(tokens.view(len(tokens), *space), self.places, self.levels))
+        return self._codes(self.packing.unpack(tokens, space))
 
     @torch.no_grad()
     def _nearest(self, channels: Tensor) -> Tensor:

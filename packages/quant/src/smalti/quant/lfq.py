@@ -1,7 +1,7 @@
 """Lookup-free quantization: every channel of a token is one bit, its sign.
 
 LFQ puts the codes on the corners of a cube (MAGVIT-v2, Yu et al. 2023, section 3.1), BSQ on a sphere (Zhao et al.
-2024, "Image and video tokenization with binary spherical quantization", section 3).
+2024, "Image and video tokenization with binary spherical quantization").
 
 Legend: B batch, L token positions, S streams, D latent width and number of bits of a token.
 """
@@ -20,7 +20,7 @@ from smalti.core.contracts import Quantized, Quantizer
 from smalti.core.options import QuantizerOptions
 from smalti.quant.entropy import LogFloor, bits_entropy
 from smalti.quant.estimators import straight_through
-from smalti.quant.inputs import check_latent, check_token_space, float32_or_wider, full_precision
+from smalti.quant.inputs import as_tokens, check_token_space, checked_latent
 from smalti.quant.packing import pack_digits, place_values, unpack_digits
 
 # The mean distribution over the strings of a group is a table of 2^bits.
@@ -126,13 +126,12 @@ class LookupFreeQuantizer(Quantizer):
         Raises:
             UserError: another width than D, a type that is not float, an empty training batch.
         """
-        check_latent(latent, self.dim, training=self.training)
-        with full_precision(latent):
-            bounded = self._bounded(float32_or_wider(latent))
+        with checked_latent(latent, self.dim, training=self.training) as channels:
+            bounded = self._bounded(channels)
             positive = bounded > 0
             codes = self._codes(positive)
             losses = self._losses(bounded, codes) if self.training else {}
-            tokens = self._tokens(positive).view(len(latent), math.prod(latent.shape[1:-1]), len(self.vocab))
+            tokens = as_tokens(self._tokens(positive), latent, len(self.vocab))
             return Quantized(straight_through(bounded, codes), tokens, losses)
 
     def decode(self, tokens: Tensor, space: tuple[int, ...]) -> Tensor:

@@ -19,7 +19,7 @@ from smalti.core.errors import UserError
 from smalti.core.layout import TokenLayout
 from smalti.core.options import QuantizerOptions
 from smalti.quant.estimators import straight_through
-from smalti.quant.inputs import check_latent, check_tokens, float32_or_wider, full_precision
+from smalti.quant.inputs import check_tokens, checked_latent, float32_or_wider, full_precision
 from smalti.quant.level_dropout import drawn_scales
 from smalti.quant.phi import Phi, phi_of_scale
 from smalti.quant.units import Unit, Units, learning_once, summed
@@ -44,7 +44,7 @@ class MultiScaleOptions(QuantizerOptions):
             it, averaged over scales.
         codebook_weight: of the one that pulls codes and phi to the latent.
         dropout: share of the samples, the first of each batch, that keep in training only their first n
-            scales, n drawn uniformly for each (ImageFolder, section 3.3).
+            scales, n drawn uniformly for each (ImageFolder).
         dropout_start: the smallest n.
     """
 
@@ -117,12 +117,10 @@ class MultiScale(Quantizer):
             UserError: another width than D, another grid than that of the last scale, a type that is not
                 float, an empty training batch.
         """
-        check_latent(latent, self.dim, training=self.training)
-        self._check_space(tuple(latent.shape[1:-1]))
-        with full_precision(latent), learning_once(self.units):
-            whole = float32_or_wider(latent)
-            if self.options.normalise:
-                whole = F.normalize(whole, dim=-1)
+        checked = checked_latent(latent, self.dim, training=self.training)
+        with checked as vectors, learning_once(self.units):
+            self._check_space(tuple(latent.shape[1:-1]))
+            whole = F.normalize(vectors, dim=-1) if self.options.normalise else vectors
             whole = rest = whole.movedim(-1, 1)
             total = torch.zeros_like(whole)
             keep = self._keep(whole) if self.training else None
@@ -159,7 +157,7 @@ class MultiScale(Quantizer):
             yield total
 
     def accumulated(self, tokens: Tensor) -> Tensor:
-        """What a generator of scales is given to predict the next ones (VAR, section 3.3).
+        """What a generator of scales is given to predict the next ones (VAR).
 
         Args:
             tokens: int64 `(B, L, S)`, of all scales or of the first ones.

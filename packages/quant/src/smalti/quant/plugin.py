@@ -30,6 +30,12 @@ def smalti_register() -> Iterator[Component]:
     )
     yield Component(
         "quantizer",
+        "gumbel",
+        "smalti.quant.gumbel:GumbelOptions",
+        "Gumbel-softmax: codes drawn by a layer of logits, kept near uniform",
+    )
+    yield Component(
+        "quantizer",
         "projected",
         "smalti.quant.projected:ProjectedOptions",
         "any quantizer between two linear projections",

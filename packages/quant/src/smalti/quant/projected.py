@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from smalti.core.contracts import Quantized, Quantizer
 from smalti.core.layout import TokenLayout
 from smalti.core.options import QuantizerOptions
-from smalti.quant.inputs import check_latent, float32_or_wider, full_precision
+from smalti.quant.inputs import checked_latent, float32_or_wider, full_precision
 from smalti.quant.units import Unit
 
 
@@ -67,9 +67,8 @@ class Projected(Quantizer):
 
     def forward(self, latent: Tensor) -> Quantized:
         """Quantize `(B, *space, D)`."""
-        check_latent(latent, self.dim, training=self.training)
-        with full_precision(latent):
-            quantized = self.unit(self._inner(float32_or_wider(latent)))
+        with checked_latent(latent, self.dim, training=self.training) as channels:
+            quantized = self.unit(self._inner(channels))
             return Quantized(self._outer(quantized.latent), quantized.tokens, quantized.losses)
 
     def decode(self, tokens: Tensor, space: tuple[int, ...]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from smalti.core.contracts import Quantized, Quantizer
 from smalti.core.options import QuantizerOptions
 from smalti.quant.estimators import rotation_trick, straight_through
-from smalti.quant.inputs import check_latent, check_token_space, float32_or_wider, full_precision
+from smalti.quant.inputs import as_tokens, check_token_space, checked_latent, float32_or_wider, full_precision
 from smalti.quant.units import summed
 
 # Elements of the codes of one block of tokens; a few arrays of this size live at once.
@@ -56,7 +56,7 @@ class ImplicitCodebooksOptions(QuantizerOptions):
 
 
 class CodeNetwork(nn.Module):
-    """A code, given the sum of the codes before it: one linear layer, then residual blocks (QINCo, section 3.2)."""
+    """A code, given the sum of the codes before it: one linear layer, then residual blocks (QINCo)."""
 
     def __init__(self, dim: int, hidden: int, blocks: int) -> None:
         super().__init__()
@@ -103,10 +103,9 @@ class ImplicitCodebooks(Quantizer):
         Raises:
             UserError: another width than D, a type that is not float, an empty training batch.
         """
-        check_latent(latent, self.dim, training=self.training)
         options = self.options
-        with full_precision(latent):
-            start = rest = float32_or_wider(latent).reshape(-1, self.dim)
+        with checked_latent(latent, self.dim, training=self.training) as vectors:
+            start = rest = vectors.reshape(-1, self.dim)
             total, output, tokens, losses = torch.zeros_like(rest), torch.zeros_like(rest), [], []
             for level in range(options.depth):
                 tokens.append(self._search(rest, total, level))
@@ -124,7 +123,7 @@ class ImplicitCodebooks(Quantizer):
                 rest = rest - codes.detach()
             if options.gradient == "once":
                 output = straight_through(start, total)
-            joined = torch.stack(tokens, -1).view(len(latent), math.prod(latent.shape[1:-1]), options.depth)
+            joined = as_tokens(torch.stack(tokens, -1), latent, options.depth)
             return Quantized(output.view(latent.shape), joined, summed(losses))
 
     def decode(self, tokens: Tensor, space: tuple[int, ...]) -> Tensor:

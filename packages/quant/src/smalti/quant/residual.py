@@ -17,8 +17,8 @@ from smalti.core.errors import UserError
 from smalti.core.layout import TokenLayout
 from smalti.core.options import QuantizerOptions
 from smalti.quant.beam_search import beam_search
-from smalti.quant.estimators import straight_through
-from smalti.quant.inputs import check_latent, check_tokens, float32_or_wider, full_precision
+from smalti.quant.estimators import diveq, straight_through
+from smalti.quant.inputs import check_tokens, checked_latent, float32_or_wider, full_precision
 from smalti.quant.level_dropout import drawn_levels
 from smalti.quant.units import Unit, Units, joined_layout, learning_once, searched, summed, touched
 from smalti.quant.vector import VectorQuantizer
@@ -33,31 +33,38 @@ class ResidualOptions(QuantizerOptions):
         quantizers: the units of the levels, of one width.
         depth: repeat the row of units so many times.
         shared: one unit, with one codebook, for all levels; its statistics are updated once per step.
-        gradient: `once` passes the gradient of the sum straight to the latent (RQ-VAE, section 3.1); `levels`
+        gradient: `once` passes the gradient of the sum straight to the latent (RQ-VAE); `levels`
             adds up what the units pass, as vector-quantize-pytorch does: with Q straight-through units that
-            is Q times as much. Units that learn through their output (projected, ibq) need `levels`.
+            is Q times as much. Units that learn through their output (projected, ibq) need `levels`. `diveq` moves
+            the latent towards the sum, see `smalti.quant.estimators.diveq`, from which all codes learn: units need no
+            codebook loss.
+        diveq_variance: of the noise of `diveq`, in training.
         quant_grad_frac: share of the gradient that the subtracted codes keep; 1 and `levels` together give
             the identity, too.
         level_scale: level l, from 0, quantizes the residual divided by level_scale^l; per channel where a list.
         clamp: squash the latent x to c tanh(x/c) first, within (-c, c); per channel where a list.
         dropout_from: in training keep only the first n levels, n uniform between this and Q, the same on all
-            processes (SoundStream, section III-C); null keeps all.
+            processes (SoundStream, section III-C); null keeps all. What is left out is not computed, so that
+            torch.compile breaks its graph there.
         dropout_multiple: round n up to a multiple of this.
         beams: how many paths through the levels a beam search follows, see `beam_search`; 1 takes the nearest
             code at each level. More need `vq` units of one scale.
+        eval_beams: as many in evaluation; null takes `beams`.
     """
 
     name: Literal["residual"] = "residual"
     quantizers: Annotated[tuple[Unit, ...], Field(min_length=1)]
     depth: Annotated[int, Field(ge=1)] = 1
     shared: bool = False
-    gradient: Literal["once", "levels"] = "once"
+    gradient: Literal["once", "levels", "diveq"] = "once"
+    diveq_variance: Annotated[float, Field(ge=0)] = 5e-3
     quant_grad_frac: Annotated[float, Field(ge=0, le=1)] = 0.0
     level_scale: Positive | tuple[Positive, ...] = 1.0
     clamp: Positive | tuple[Positive, ...] | None = None
     dropout_from: Annotated[int, Field(ge=1)] | None = None
     dropout_multiple: Annotated[int, Field(ge=1)] = 1
     beams: Annotated[int, Field(ge=1)] = 1
+    eval_beams: Annotated[int, Field(ge=1)] | None = None
 
     def build(self) -> Residual:
         """Build it."""
@@ -67,7 +74,7 @@ class ResidualOptions(QuantizerOptions):
 class Residual(Quantizer):
     """A stack of units; the latent is the sum of what they give, and streams are in the order of levels.
 
-    Losses are summed over the levels (RQ-VAE, equation 6). Levels that dropout leaves out neither learn nor
+    Losses are summed over the levels (RQ-VAE). Levels that dropout leaves out neither learn nor
     add losses; their tokens are still searched, so that all tokens are valid. `decode` takes the tokens of
     the first levels alone as well.
 
@@ -91,9 +98,14 @@ class Residual(Quantizer):
             value = getattr(options, name)
             if isinstance(value, tuple) and len(value) != self.dim:
                 raise UserError(f"{name} needs one number per channel, {self.dim}, got {len(value)}")
-        if options.beams > 1 and not all(isinstance(unit, VectorQuantizer) for unit in self.units):
+        if options.gradient == "diveq" and any(
+            getattr(unit.options, "update", "loss") != "loss" for unit in self.units
+        ):
+            raise UserError("gradient: diveq moves the codes by their gradient: the units need update: loss")
+        searches = max(options.beams, options.eval_beams or 1) > 1
+        if searches and not all(isinstance(unit, VectorQuantizer) for unit in self.units):
             raise UserError("beam search needs vq units: set beams to 1")
-        if options.beams > 1 and options.level_scale != 1.0:
+        if searches and options.level_scale != 1.0:
             raise UserError(f"beam search needs levels of one scale, got level_scale {options.level_scale}")
         if options.dropout_from is not None:
             if options.dropout_from > self.units.places:
@@ -107,10 +119,11 @@ class Residual(Quantizer):
         Raises:
             UserError: another width than D, a type that is not float, an empty training batch.
         """
-        check_latent(latent, self.dim, training=self.training)
-        options, kept = self.options, self.kept_levels() if self.training else self.units.places
-        with full_precision(latent), learning_once(self.units[0]) if options.shared else nullcontext():
-            start = rest = self._clamped(float32_or_wider(latent))
+        options = self.options
+        checked = checked_latent(latent, self.dim, training=self.training)
+        with checked as vectors, learning_once(self.units[0]) if options.shared else nullcontext():
+            kept = self.kept_levels() if self.training else self.units.places
+            start = rest = self._clamped(vectors)
             paths = self._paths(start, kept)
             latents, tokens, losses = [], [], []
             idle: Tensor | float = 0.0
@@ -118,6 +131,9 @@ class Residual(Quantizer):
                 inputs = self._scaled(rest, -level)
                 given = () if paths is None else (paths[..., level : level + 1],)
                 quantized: Quantized = unit(inputs, *given) if level < kept else searched(unit, inputs)
+                if options.gradient == "diveq":
+                    # A unit passes its gradient to what it got; here it goes to the codes.
+                    quantized = quantized._replace(latent=unit.decode(quantized.tokens, latent.shape[1:-1]))
                 codes = self._scaled(quantized.latent, level)
                 tokens.append(quantized.tokens)
                 losses.append(quantized.losses)
@@ -127,9 +143,7 @@ class Residual(Quantizer):
                     idle = idle + touched(unit)
                 taken = codes.detach()
                 rest = rest - (taken.lerp(codes, options.quant_grad_frac) if options.quant_grad_frac else taken)
-            total = _sum(latents)
-            if options.gradient == "once":
-                total = straight_through(start, total)
+            total = self._estimate(start, _sum(latents))
             return Quantized(total + idle if kept < self.units.places else total, torch.cat(tokens, -1), summed(losses))
 
     def decode(self, tokens: Tensor, space: tuple[int, ...]) -> Tensor:
@@ -160,12 +174,23 @@ class Residual(Quantizer):
         self.step += 1
         return drawn
 
+    def _estimate(self, start: Tensor, total: Tensor) -> Tensor:
+        match self.options.gradient:
+            case "once":
+                return straight_through(start, total)
+            case "diveq":
+                return diveq(start, total, self.options.diveq_variance if self.training else 0.0)
+            case "levels":
+                return total
+
     def _paths(self, latent: Tensor, kept: int) -> Tensor | None:
         """Tokens `(B, L, n)` of the first n levels where they are not searched level by level."""
-        if self.options.beams == 1:
+        options = self.options
+        beams = options.beams if self.training else options.eval_beams or options.beams
+        if beams == 1:
             return None
         units = [cast("VectorQuantizer", unit) for unit in self.units.row()]
-        return beam_search(units[:kept], latent, self.options.beams)
+        return beam_search(units[:kept], latent, beams)
 
     def _scaled(self, value: Tensor, power: int) -> Tensor:
         scale = self.options.level_scale

@@ -5,7 +5,6 @@ Legend: B batch, L token positions, D latent width, d width of the frozen codebo
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from smalti.core.contracts import Quantized, Quantizer
 from smalti.core.options import QuantizerOptions
 from smalti.quant.estimators import rotation_trick, straight_through
-from smalti.quant.inputs import check_latent, check_token_space, float32_or_wider, full_precision
+from smalti.quant.inputs import as_tokens, check_token_space, checked_latent, float32_or_wider, full_precision
 from smalti.quant.lookup import nearest_code
 
 
@@ -76,9 +75,7 @@ class SimVQ(Quantizer):
         Raises:
             UserError: another width than D, a type that is not float, an empty training batch.
         """
-        check_latent(latent, self.dim, training=self.training)
-        with full_precision(latent):
-            vectors = float32_or_wider(latent)
+        with checked_latent(latent, self.dim, training=self.training) as vectors:
             table = self._table()
             tokens = nearest_code(vectors.detach().reshape(-1, self.dim), table.detach())
             codes = F.embedding(tokens, table).view(vectors.shape)
@@ -88,7 +85,7 @@ class SimVQ(Quantizer):
                 losses["codebook"] = self.options.codebook_weight * F.mse_loss(codes, vectors.detach())
             estimate = rotation_trick if self.options.estimator == "rotation" else straight_through
             quantized = estimate(vectors, codes).to(self.frozen.dtype)
-            return Quantized(quantized, tokens.view(len(latent), math.prod(latent.shape[1:-1]), 1), losses)
+            return Quantized(quantized, as_tokens(tokens, latent), losses)
 
     def decode(self, tokens: Tensor, space: tuple[int, ...]) -> Tensor:
         """Codes `(B, *space, D)` of tokens `(B, L, 1)`.

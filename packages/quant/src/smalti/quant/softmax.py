@@ -22,7 +22,7 @@ Affinities = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def best_code(
-    vectors: Tensor, affinities: Affinities, size: int, *, temperature: float = 1.0, noise_seed: int | None = None
+    vectors: Tensor, affinities: Affinities, size: int, *, temperature: float = 1.0, noise_seed: Tensor | None = None
 ) -> Tensor:
     """The index `(N,)` of the code with the largest affinity; of equal ones the first.
 
@@ -31,7 +31,7 @@ def best_code(
         affinities: see `Affinities`.
         size: K.
         temperature: above 0; matters with noise only.
-        noise_seed: Gumbel noise by this seed makes the index a draw from softmax(affinities / temperature).
+        noise_seed: int64 `()`; Gumbel noise by this seed makes the index a draw from softmax(affinities / temperature).
     """
     nearest = vectors.new_empty(len(vectors), dtype=torch.int64)
     for start, some in _blocks(vectors, size):
@@ -45,7 +45,8 @@ def expected_code(
     affinities: Affinities,
     *,
     temperature: float = 1.0,
-    noise_seed: int | None = None,
+    noise_seed: Tensor | None = None,
+    relaxation: float = 1.0,
 ) -> Tensor:
     """The mean of the codes under softmax(affinities / temperature), `(N, D)`, differentiable in the affinities.
 
@@ -55,10 +56,12 @@ def expected_code(
         affinities: see `Affinities`; what it closes over gets gradients.
         temperature: above 0.
         noise_seed: as in `best_code`; the same seed gives the same noise (Gumbel-softmax, Jang et al. 2017).
+        relaxation: temperature of the softmax over affinities and noise, which does not change what is drawn.
     """
 
     def mean(some: Tensor, start: int) -> Tensor:
-        return _logits(some, affinities, temperature, noise_seed, start).softmax(1) @ codebook.detach()
+        logits = _logits(some, affinities, temperature, noise_seed, start)
+        return (logits / relaxation).softmax(1) @ codebook.detach()
 
     parts = [
         mean(some, start)
@@ -75,10 +78,24 @@ def _blocks(vectors: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
         yield start, vectors[start : start + rows]
 
 
-def _logits(vectors: Tensor, affinities: Affinities, temperature: float, noise_seed: int | None, start: int) -> Tensor:
+def _logits(
+    vectors: Tensor, affinities: Affinities, temperature: float, noise_seed: Tensor | None, start: int
+) -> Tensor:
     logits = affinities(vectors) / temperature
     if noise_seed is None:
         return logits
-    generator = torch.Generator(vectors.device).manual_seed(noise_seed + start)
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    return logits - noise.clamp(min=torch.finfo(noise.dtype).tiny).log()
+    noise: Tensor = _gumbel_noise(logits.detach(), noise_seed, start)
+    return logits + noise
+
+
+# An operator, since a generator needs the value of its seed: torch.compile then keeps one graph.
+@torch.library.custom_op("smalti::gumbel_noise", mutates_args=())
+def _gumbel_noise(like: Tensor, seed: Tensor, start: int) -> Tensor:
+    generator = torch.Generator(like.device).manual_seed(int(seed) + start)
+    noise = torch.empty_like(like).exponential_(generator=generator)
+    return noise.clamp_(min=torch.finfo(noise.dtype).tiny).log_().neg_()
+
+
+@_gumbel_noise.register_fake
+def _(like: Tensor, seed: Tensor, start: int) -> Tensor:
+    return torch.empty_like(like)

@@ -5,7 +5,6 @@ Legend: B batch, L token positions, D latent width, K codes, N = B * L.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Literal, Self
@@ -16,17 +15,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from smalti.core.contracts import Quantized, Quantizer
-from smalti.core.distributed import all_reduce_sum
 from smalti.core.errors import UserError
 from smalti.core.options import QuantizerOptions
-from smalti.quant.affine import AffineCodebook
-from smalti.quant.ema import EmaStatistics
 from smalti.quant.entropy import affinity_entropy, distance_affinities
 from smalti.quant.estimators import diveq, rotation_trick, straight_through
-from smalti.quant.inputs import check_latent, check_token_space, float32_or_wider, full_precision
+from smalti.quant.inputs import as_tokens, check_token_space, checked_latent, float32_or_wider, full_precision
+from smalti.quant.learning import CodebookLearning, Seen
 from smalti.quant.lookup import nearest_code
 from smalti.quant.orthogonal import orthogonal_loss
-from smalti.quant.revival import Revival, initialise_by_data, revive
 from smalti.quant.softmax import best_code, expected_code
 
 Weight = Annotated[float, Field(ge=0)]
@@ -57,6 +53,8 @@ class VectorQuantizerOptions(QuantizerOptions):
         revive_after: replace a code that nothing was assigned to for this many training batches in a row by
             a random token; null leaves it alone.
         revive_below: replace a code as soon as its moving count is below this, where `update` is `ema`.
+        anchor_decay: pull codes that are rarely used to the token nearest to them (CVQ-VAE, Zheng and Vedaldi 2023), by
+            a running usage of this decay; null does not.
         stochastic_temperature: in training, draw codes from softmax(-distance^2 / temperature) (RQ-VAE, Lee et al.
             2022).
         diveq_variance: of the noise of `diveq`, in training.
@@ -82,6 +80,7 @@ class VectorQuantizerOptions(QuantizerOptions):
     initialise: Literal["uniform", "normal", "data"] = "uniform"
     revive_after: Annotated[int, Field(ge=1)] | None = None
     revive_below: Annotated[float, Field(gt=0)] | None = None
+    anchor_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     stochastic_temperature: Annotated[float, Field(gt=0)] | None = None
     diveq_variance: Weight = 5e-3
     entropy_weight: Weight = 0.0
@@ -100,6 +99,8 @@ class VectorQuantizerOptions(QuantizerOptions):
             raise UserError("revive_below needs update: ema, whose counts it looks at, and no revive_after")
         if self.revive_after is not None and self.update == "none":
             raise UserError("revive_after changes codes that update: none keeps")
+        if self.anchor_decay is not None and (self.update == "none" or self.affine):
+            raise UserError("anchor_decay changes codes: it needs update: loss or ema, and no affine")
         if self.orthogonal_weight > 0 and self.update != "loss":
             raise UserError("orthogonal_weight needs update: loss, nothing else follows its gradient")
         if self.estimator == "gumbel" and self.stochastic_temperature is None:
@@ -120,11 +121,11 @@ class VectorQuantizer(Quantizer):
 
     Attributes:
         codebook: `(K, D)`; a parameter where `update` is `loss`, else a buffer.
+        learning: what moves the codes besides the optimizer.
     """
 
     options: VectorQuantizerOptions
     codebook: Tensor
-    initialised: Tensor
 
     def __init__(self, options: VectorQuantizerOptions) -> None:
         super().__init__()
@@ -141,15 +142,8 @@ class VectorQuantizer(Quantizer):
             self.codebook = nn.Parameter(codebook)
         else:
             self.register_buffer("codebook", codebook)
-        if options.update == "ema":
-            self.ema = EmaStatistics(codebook, options.ema_decay)
-        if options.initialise == "data":
-            self.register_buffer("initialised", torch.tensor(False))
-        if options.revive_after is not None or options.revive_below is not None:
-            self.revival = Revival(size)
-        if options.affine:
-            self.affine = AffineCodebook(options.dim)
-        self._deferred: list[tuple[Tensor, Tensor]] | None = None
+        self.learning = CodebookLearning(options, codebook, unit=self._unit_latent)
+        self._deferred: list[Seen] | None = None
 
     def forward(self, latent: Tensor, tokens: Tensor | None = None) -> Quantized:
         """Quantize `(B, *space, D)`.
@@ -162,29 +156,28 @@ class VectorQuantizer(Quantizer):
             UserError: another width than D, a type that is not float, an empty training batch; tokens that `decode`
                 would not take.
         """
-        check_latent(latent, self.dim, training=self.training)
-        space = tuple(latent.shape[1:-1])
-        if tokens is not None:
-            check_token_space(tokens, space, self.vocab)
-        with full_precision(latent):
-            vectors = self._vectors(latent)
+        with checked_latent(latent, self.dim, training=self.training) as channels:
+            if tokens is not None:
+                check_token_space(tokens, tuple(latent.shape[1:-1]), self.vocab)
+            vectors = self._vectors(channels)
             flat = vectors.detach().reshape(-1, self.dim)
             if self.training:
-                self._prepare(flat)
+                self.learning.prepare(self.codebook, flat)
             sampling = self.training and self.options.stochastic_temperature is not None
             # Drawn from the global generator, as dropout is.
-            noise_seed = int(torch.randint(2**62, ())) if sampling else None
+            noise_seed = torch.randint(2**62, ()) if sampling else None
             chosen = self._search(flat, noise_seed) if tokens is None else tokens.flatten()
             codes = self._codes(chosen).view(vectors.shape)
             quantized = self._estimate(vectors, codes, noise_seed).to(self.codebook.dtype)
             losses = {}
             if self.training:
                 losses = self._losses(vectors, codes)
+                seen = Seen(flat, channels.detach().reshape(-1, self.dim), chosen)
                 if self._deferred is None:
-                    self._learn([(flat, chosen)])
+                    self.learning.learn(self.codebook, [seen])
                 else:
-                    self._deferred.append((flat, chosen))
-            return Quantized(quantized, chosen.view(len(latent), math.prod(space), 1), losses)
+                    self._deferred.append(seen)
+            return Quantized(quantized, as_tokens(chosen, latent), losses)
 
     def decode(self, tokens: Tensor, space: tuple[int, ...]) -> Tensor:
         """Codes `(B, *space, D)` of tokens `(B, L, 1)`.
@@ -204,9 +197,8 @@ class VectorQuantizer(Quantizer):
         Args:
             latent: float `(B, *space, D)`.
         """
-        check_latent(latent, self.dim, training=False)
-        with full_precision(latent):
-            vectors = self._searched(self._vectors(latent)).reshape(len(latent), -1, self.dim)
+        with checked_latent(latent, self.dim, training=False) as channels:
+            vectors = self._searched(self._vectors(channels)).reshape(len(latent), -1, self.dim)
             affinities = distance_affinities(self._kept_table())(vectors.flatten(0, 1)).view(*vectors.shape[:2], -1)
             return (vectors.square().sum(-1, keepdim=True) - affinities).clamp(min=0)
 
@@ -216,18 +208,17 @@ class VectorQuantizer(Quantizer):
 
         At its end, what they saw is averaged in, one after the other, and the codes are written once.
         """
-        seen: list[tuple[Tensor, Tensor]] = []
+        seen: list[Seen] = []
         self._deferred = seen
         try:
             yield
         finally:
             self._deferred = None
         if seen:
-            self._learn(seen)
+            self.learning.learn(self.codebook, seen)
 
     def _vectors(self, latent: Tensor) -> Tensor:
-        vectors = float32_or_wider(latent)
-        return _unit(vectors) if self._unit_latent else vectors
+        return _unit(latent) if self._unit_latent else latent
 
     def _searched(self, vectors: Tensor) -> Tensor:
         return _unit(vectors) if self.options.cosine and not self._unit_latent else vectors
@@ -242,8 +233,8 @@ class VectorQuantizer(Quantizer):
         return self._table(self.codebook.clone())
 
     def _as_used(self, codes: Tensor) -> Tensor:
-        if self.options.affine:
-            moved: Tensor = self.affine(codes)
+        if self.learning.affine is not None:
+            moved: Tensor = self.learning.affine(codes)
             return moved
         return _unit(codes) if self._unit_codes else codes
 
@@ -252,7 +243,7 @@ class VectorQuantizer(Quantizer):
         # may write to the table between a forward pass and its backward pass.
         return self._as_used(float32_or_wider(F.embedding(tokens, self.codebook)))
 
-    def _search(self, vectors: Tensor, noise_seed: int | None) -> Tensor:
+    def _search(self, vectors: Tensor, noise_seed: Tensor | None) -> Tensor:
         searched, table = self._searched(vectors), self._table(self.codebook.detach())
         if noise_seed is None:
             return nearest_code(searched, table)
@@ -264,7 +255,7 @@ class VectorQuantizer(Quantizer):
             noise_seed=noise_seed,
         )
 
-    def _estimate(self, vectors: Tensor, codes: Tensor, noise_seed: int | None) -> Tensor:
+    def _estimate(self, vectors: Tensor, codes: Tensor, noise_seed: Tensor | None) -> Tensor:
         match self.options.estimator:
             case "rotation":
                 return rotation_trick(vectors, codes)
@@ -295,46 +286,6 @@ class VectorQuantizer(Quantizer):
         if options.orthogonal_weight > 0:
             losses["orthogonal"] = options.orthogonal_weight * orthogonal_loss(self._kept_table())
         return losses
-
-    @torch.no_grad()
-    def _prepare(self, vectors: Tensor) -> None:
-        """Before the search, so that new codes compete for the vectors they were made from."""
-        options = self.options
-        if options.initialise == "data":
-            initialise_by_data(vectors, self.initialised, self.codebook, *self._statistics(), cosine=self._unit_latent)
-        if options.affine:
-            self.affine.observe(vectors, float32_or_wider(self.codebook))
-        if options.revive_after is not None:
-            self._revive(self.revival.unused >= options.revive_after, vectors, 1.0)
-
-    def _revive(self, dead: Tensor, vectors: Tensor, seen: float) -> None:
-        revival, vectors = self.revival, self._inverse(vectors)
-        revive(dead, vectors, revival.step, revival.unused, self.codebook, *self._statistics(), seen)
-
-    def _statistics(self) -> tuple[Tensor | None, Tensor | None]:
-        return (self.ema.counts, self.ema.sums) if self.options.update == "ema" else (None, None)
-
-    def _inverse(self, vectors: Tensor) -> Tensor:
-        return self.affine.inverse(vectors) if self.options.affine else vectors
-
-    @torch.no_grad()
-    def _learn(self, seen: list[tuple[Tensor, Tensor]]) -> None:
-        """After the search: the codes that this step returns are those from before the update."""
-        options = self.options
-        if options.update == "ema":
-            counts = torch.stack([self.ema.update(tokens, self._inverse(vectors)) for vectors, tokens in seen]).sum(0)
-            codes = self.ema.codebook(smoothing=options.ema_smoothing)
-            codes = codes if options.ema_smoothing else torch.where(counts[:, None] > 0, codes, self.codebook)
-            self.codebook.copy_(_unit(codes) if self._unit_latent else codes)
-        elif options.revive_after is not None:
-            every = torch.cat([tokens for _, tokens in seen])
-            counts = all_reduce_sum(torch.bincount(every, minlength=options.codebook_size))
-        if options.revive_after is not None or options.revive_below is not None:
-            self.revival.note(counts)
-        if options.revive_below is not None:
-            # At once, as the published models with such a threshold were trained.
-            every = torch.cat([vectors for vectors, _ in seen])
-            self._revive(self.ema.counts < options.revive_below, every, options.revive_below)
 
 
 def _unit(vectors: Tensor) -> Tensor:
