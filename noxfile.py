@@ -15,7 +15,7 @@ nox.options.sessions = ["lint", "types", "tests", "packages"]
 
 PACKAGES = ("core", "quant", "gaussian", "generation", "eval")
 # What a distribution's own tests need beside pytest: extras of core that the package does not require itself.
-EXTRAS = {"core": "[train,test]", "eval": "[pipeline]"}
+EXTRAS = {"core": "[train,pretrained,test]", "eval": "[pipeline]"}
 TEST_NEEDS = ("pytest>=8.3", "hypothesis>=6.100", "pytest-benchmark>=5.1")
 
 
@@ -90,7 +90,11 @@ def benchmark(session: nox.Session) -> None:
     sync(session, "--all-packages", "--all-extras", "--group", "test", "--group", "benchmark")
     raw = Path(session.create_tmp()) / "raw.json"
     session.run(
-        "pytest", *(f"packages/{name}/benchmarks" for name in PACKAGES), f"--benchmark-json={raw}", *session.posargs
+        "pytest",
+        *(f"packages/{name}/benchmarks" for name in PACKAGES),
+        "benchmarks",
+        f"--benchmark-json={raw}",
+        *session.posargs,
     )
     content = json.loads(raw.read_text())
     ratios = {one["name"]: one["extra_info"] for one in content["benchmarks"] if one["extra_info"]}

@@ -101,3 +101,15 @@ def test_a_weight_without_its_average_is_missing():
     ):
         import_checkpoint(weights)
     import_checkpoint(weights, ema=False)
+
+
+def test_options_that_no_file_would_tell_are_not_lost_silently():
+    encoder = {**NETWORKS["encoder"], "attention_eps": 1e-5}
+    sentence = (
+        "this tokenizer cannot be written in the layout llamagen-vq: no file of it tells encoder.attention_eps, and an "
+        "import would take another value"
+    )
+    with pytest.raises(UserError, match=sentence):
+        export_checkpoint(llamagen(encoder=encoder), "llamagen-vq")
+    encoder = {**NETWORKS["encoder"], "dropout": 0.1}
+    assert export_checkpoint(llamagen(encoder=encoder), "llamagen-vq")

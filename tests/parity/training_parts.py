@@ -17,7 +17,8 @@ from smalti.core.contracts import TokenizerOutput
 from smalti.core.losses.alignment import Alignment, AlignmentOptions
 from smalti.core.losses.contrastive import contrastive
 from smalti.core.losses.dependency import DependencyOptions
-from smalti.core.losses.teacher import STATISTICS, TeacherOptions, normalised
+from smalti.core.losses.teacher import TeacherOptions
+from smalti.core.training.network_images import Normalisation
 from smalti.quant.entropy import affinity_entropy
 from smalti.quant.factorized import disentanglement
 from smalti.quant.multi_scale import MultiScale
@@ -30,8 +31,7 @@ def fqgan(case: dict[str, Any], parity: ModuleType) -> dict[str, Tensor]:
     inputs = parity.fill_case_inputs(case)
     found, losses = {}, []
     for teacher, statistics in (("clip", "clip"), ("dino", "imagenet")):
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in STATISTICS[statistics])
-        found[f"{teacher}_input"] = normalised(inputs["image"], mean, std, 224, "nearest")
+        found[f"{teacher}_input"] = Normalisation(224, statistics, "nearest")(inputs["image"])
         sequence = inputs[f"predicted_{teacher}"].requires_grad_()
         predicted, wanted = (
             F.normalize(features, dim=-1) for features in (sequence[:, 0], inputs[f"teacher_{teacher}"])

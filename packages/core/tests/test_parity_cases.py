@@ -1,4 +1,4 @@
-"""Every parity case of training parts that need no sibling: losses, discriminators, schedules, averaged weights.
+"""Every parity case of training parts that need no sibling: losses, schedules, averages, images.
 
 A case is run by the runner with the longest prefix of its name; the modules `parity/core_parity_*.py` hold the
 runners. A case without a runner, or a stage that its runner does not give, fails.
@@ -16,6 +16,7 @@ from smalti.core.testing import parity
 
 FOLDER = Path(__file__).parent / "parity"
 FAMILIES = (
+    "fqgan-image-pipeline",
     "gaussiantoken-losses",
     "gaussiantoken-schedules",
     "llamagen-lpips",
@@ -29,6 +30,7 @@ FAMILIES = (
     "var-lr-schedules",
     "vistok-disc-",
     "vistok-loss-",
+    "vistok-preprocess",
     "vistok-schedules-",
     "xqgan-dinodisc",
     "xqgan-losses",

@@ -2,7 +2,8 @@ import pytest
 import yaml
 
 from smalti.core.errors import UserError
-from smalti.core.recipe import differences, dump_recipe, load_recipe
+from smalti.core.overrides import differences
+from smalti.core.recipe import dump_recipe, load_recipe
 
 
 def told(*arguments, **options) -> str:

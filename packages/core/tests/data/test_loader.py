@@ -1,5 +1,6 @@
 import json
 import re
+import threading
 from itertools import islice
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smalti.core.data.augmentation import Augmentation, RandomResizedCrop
+from smalti.core.data.decode import decode_ten_crops
 from smalti.core.data.loader import TrainBatches, read_images
 from smalti.core.errors import UserError
 from smalti.core.options import Preprocessing
@@ -193,3 +196,104 @@ def test_reading_leaves_undecodable_images_out_and_keeps_the_numbers(memory_data
     # What lies outside of start and stop is not looked at.
     found = list(read_images(dataset, PIXELS, 3, 2, 4, max_undecodable=0, warn=refuse))
     assert [batch.indices.tolist() for batch in found] == [[2, 3]]
+
+
+def test_workers_change_nothing(memory_dataset):
+    broken = dict.fromkeys((3, 11), b"broken")
+    dataset = memory_dataset(50, broken)
+    loaders = [
+        TrainBatches(dataset, PIXELS, 7, 0, 0, 1, 2, str, augment=Augmentation(flip=True), workers=workers)
+        for workers in (0, 1, 3)
+    ]
+    for _ in range(20):
+        expected, *others = (next(loader) for loader in loaders)
+        state, *states = (loader.state_dict() for loader in loaders)
+        for batch in others:
+            assert batch.keys == expected.keys
+            assert torch.equal(batch.images, expected.images)
+        assert all(other == state for other in states)
+    fresh = TrainBatches(dataset, PIXELS, 7, 0, 0, 1, 2, str, augment=Augmentation(flip=True), workers=2)
+    fresh.load_state_dict(state)
+    assert torch.equal(next(fresh).images, next(loaders[0]).images)
+
+
+def test_with_workers_errors_and_warnings_come_through(memory_dataset):
+    told = []
+    dataset = memory_dataset(9, dict.fromkeys(range(1, 9), b"broken"))
+    loader = TrainBatches(dataset, PIXELS, 4, 0, 0, 1, 3, told.append, workers=2)
+    with pytest.raises(UserError, match="4 images of memory cannot be decoded and 3 may be left out"):
+        next(loader)
+    assert len(told) == 3
+
+
+def test_augmentation_belongs_to_the_image_and_the_epoch_and_not_to_the_process(memory_dataset, make_png):
+    random = np.random.default_rng(0)
+    images = {index: make_png(random.integers(0, 256, (9, 12, 3), np.uint8)) for index in range(12)}
+    dataset = memory_dataset(12, images)
+    augment = Augmentation(crop=RandomResizedCrop(), flip=True)
+
+    def images_of(world):
+        share = [
+            TrainBatches(dataset, Preprocessing(image_size=4), 3, 5, rank, world, 0, refuse, augment=augment)
+            for rank in range(world)
+        ]
+        found = {}
+        for loader in share:
+            for number, batch in enumerate(islice(loader, 24 // 3 // world)):
+                for key, image in zip(batch.keys, batch.images, strict=True):
+                    found[key, number * world // 4] = image
+        return found
+
+    alone, shared = images_of(1), images_of(2)
+    assert alone.keys() == shared.keys()
+    assert len(alone) == 24
+    assert all(torch.equal(image, shared[place]) for place, image in alone.items())
+    assert not any(torch.equal(alone[f"k{index}", 0], alone[f"k{index}", 1]) for index in range(12))
+
+
+def test_ten_crops_are_views_of_every_image(memory_dataset, make_png):
+    image = make_png(np.random.default_rng(0).integers(0, 256, (9, 9), np.uint8))
+    dataset = memory_dataset(3, {1: image})
+    (batch,) = read_images(
+        dataset, Preprocessing(image_size=8, channels=1), 4, ten_crops=1.2, max_undecodable=0, warn=refuse
+    )
+    assert batch.images.shape == (3, 10, 1, 8, 8)
+    expected = decode_ten_crops(image, Preprocessing(image_size=8, channels=1), crop_range=1.2)
+    assert torch.equal(batch.images[1], torch.from_numpy(expected) / 127.5 - 1)
+
+
+def test_reading_with_workers_is_the_same(memory_dataset):
+    dataset = memory_dataset(30, {4: b"broken"})
+    one, two = (
+        list(read_images(dataset, PIXELS, 7, max_undecodable=1, warn=str, workers=workers)) for workers in (0, 2)
+    )
+    assert [batch.indices.tolist() for batch in one] == [batch.indices.tolist() for batch in two]
+    assert all(torch.equal(left.images, right.images) for left, right in zip(one, two, strict=True))
+
+
+def test_every_byte_becomes_the_float_that_torch_computes(memory_dataset, make_png):
+    dataset = memory_dataset(1, {0: make_png(np.arange(256, dtype=np.uint8).reshape(16, 16))})
+    batch = next(batches_of(dataset, 16))
+    assert torch.equal(batch.images.flatten(), torch.arange(256, dtype=torch.uint8).to(torch.float32) / 127.5 - 1)
+
+
+def batches_of(dataset, size):
+    return TrainBatches(dataset, Preprocessing(image_size=size, channels=1), 1, 0, 0, 1, 0, refuse)
+
+
+def test_a_process_without_a_record_in_an_epoch_waits_for_the_next(memory_dataset):
+    dataset = memory_dataset(1)
+    loader = batches(dataset, 1, rank=1, world_size=2)
+    assert keys(loader, 3) == ["k0"] * 3
+    assert loader.state_dict()["epoch"] == 5
+
+
+def test_threads_end_with_the_loader(memory_dataset):
+    def names():
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("smalti-data")]
+
+    loader = TrainBatches(memory_dataset(20), PIXELS, 3, 0, 0, 1, 0, refuse, workers=2)
+    next(loader)
+    assert names()
+    del loader
+    assert not names()

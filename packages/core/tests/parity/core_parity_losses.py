@@ -290,7 +290,6 @@ def gaussiantoken_losses(case: Case, parity: ModuleType) -> Stages:
     real, fake = network(image), network(reconstruction.detach())
     lecam = LeCamRegularization(LeCam(weight=lecam_weight, of="patches", update="before"))
     hinge = discriminator_loss(real, fake, "hinge")
-    # As the original has it, LeCam compares batch means with nothing but their averages.
     regularization = lecam(real, fake)
     disc = hinge + lecam_weight * regularization
     disc.backward()
@@ -341,8 +340,9 @@ def gaussiantoken_losses(case: Case, parity: ModuleType) -> Stages:
 
 def sejal1d_loss(case: Case, parity: ModuleType) -> Stages:
     config = dict(case["config"])
-    assert config.pop("adaptive_disc_weight")
-    assert (config.pop("disc_loss"), config.pop("l2_loss_weight")) == ("hinge", 0.0)
+    adaptive, objective, l2_weight = (
+        config.pop(key) for key in ("adaptive_disc_weight", "disc_loss", "l2_loss_weight")
+    )
     start, weight = config.pop("disc_start"), config.pop("disc_weight")
     codebook, entropy = config.pop("codebook_weight"), config.pop("entropy_loss_weight")
     perceptual_weight, l1_weight = config.pop("perceptual_weight"), config.pop("l1_loss_weight")
@@ -358,9 +358,9 @@ def sejal1d_loss(case: Case, parity: ModuleType) -> Stages:
     (prefix,) = {key.split("main.")[0] + "main." for key in tensors if "main." in key}
     network = _patchgan(tensors, prefix, layers=layers, width=width).eval()
     perceptual = distance(_output(made), image, 0)
-    nll = l1_weight * F.l1_loss(made, image) + perceptual_weight * perceptual
+    nll = l1_weight * F.l1_loss(made, image) + l2_weight * F.mse_loss(made, image) + perceptual_weight * perceptual
     generator = generator_loss(network(made), "hinge")
-    factor = weight * adaptive_weight(nll, generator, kernel, 1e4)
+    factor = weight * (adaptive_weight(nll, generator, kernel, 1e4) if adaptive else 1.0)
     others = codebook * 0.3 - entropy * 2.0
     return {
         "nll_loss": _double(nll),
@@ -369,7 +369,7 @@ def sejal1d_loss(case: Case, parity: ModuleType) -> Stages:
         "d_weight": _double(factor),
         "total_after_start": _double(nll + factor * generator + others),
         "total_before_start": _double(nll + others),
-        "disc_loss": _double(discriminator_loss(network(image), network(made), "hinge")),
+        "disc_loss": _double(discriminator_loss(network(image), network(made), objective)),
     }
 
 

@@ -138,7 +138,7 @@ def test_the_generators_term_leaves_no_gradient_in_the_discriminator():
     part, judge = adversary(weight=0.5)
     images = torch.randn(2, 1, 4, 4, requires_grad=True)
     term = part.generator_term(images, images.sum(), 0)
-    torch.testing.assert_close(term, -0.1 * 2 * images.mean())
+    torch.testing.assert_close(term, -0.5 * 2 * images.mean())
     term.backward()
     assert judge.weight.grad is None
     assert bool(images.grad.any())

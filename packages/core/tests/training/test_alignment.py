@@ -10,8 +10,8 @@ from smalti.core.losses.alignment import AlignmentOptions
 from smalti.core.losses.contrastive import contrastive, gathered
 from smalti.core.losses.dependency import DependencyOptions
 from smalti.core.losses.teacher import TeacherOptions
-from smalti.core.losses.vit import load_frozen_vit
 from smalti.core.testing.processes import run_in_processes
+from smalti.core.training.frozen_vit import load_frozen_vit
 
 
 @pytest.fixture

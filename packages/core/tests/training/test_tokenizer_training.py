@@ -1,3 +1,4 @@
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from smalti.core.errors import UserError
 from smalti.core.layout import TokenLayout
 from smalti.core.progress import Reporter
 from smalti.core.run_folder import RunFolder
+from smalti.core.testing.processes import run_in_processes
 from smalti.core.training import loop
 from smalti.core.training.loop import train
 from smalti.core.training.options import Perturbation, TokenizerTraining
@@ -84,8 +86,7 @@ def weights(task):
     }
 
 
-@pytest.mark.parametrize("first", [False, True])
-@pytest.mark.parametrize("stop", [2, 5, 8])
+@pytest.mark.parametrize(("stop", "first"), [(2, False), (5, True), (8, False)])
 def test_going_on_with_everything_equals_never_stopping(tokenizer, context, monkeypatch, vit_file, stop, first):
     alignment = {"name": "alignment", "teacher": {"source": str(vit_file), "image_size": 32}, "weight": 0.1}
     adversarial = {**FULL["adversarial"], "discriminator_first": first}
@@ -115,6 +116,31 @@ def test_going_on_with_everything_equals_never_stopping(tokenizer, context, monk
     assert torch.equal(undisturbed.adversary.lecam.averages, resumed.adversary.lecam.averages)
     assert bool(resumed.adversary.lecam.averages.any())
     assert parts.run.metrics("test") == whole.run.metrics("test")
+
+
+def replica(rank, tokenizer, options, folder):
+    """A whole training in one of two processes."""
+    run_folder = RunFolder(Path(folder))
+    run_folder.state.mkdir(parents=True, exist_ok=True)
+    context = SimpleNamespace(
+        run=run_folder, recipe=SimpleNamespace(seed=1), device="cpu", reporter=Reporter(quiet=True)
+    )
+    batches = Images()
+    batches.position = 100 * rank
+    task = TokenizerTask(tokenizer, options)
+    train(task, batches, options, stage="test", context=context)
+    return weights(task), task.adversary.lecam.averages
+
+
+@pytest.mark.slow
+def test_replicas_stay_equal_with_everything(tokenizer, tmp_path, vit_file):
+    alignment = {"name": "alignment", "teacher": {"source": str(vit_file), "image_size": 32}, "weight": 0.1}
+    options = training(**{**FULL, "losses": [*FULL["losses"], alignment], "batch_size": 8, "steps": 5})
+    (first, averages), (second, others) = run_in_processes(replica, tokenizer(), options, str(tmp_path / "run"))
+    assert torch.equal(averages, others)
+    # Running statistics of the discriminator are those of a process's own images.
+    assert all(torch.equal(first[name], second[name]) for name in first if "running" not in name)
+    assert {name.split(".")[0] for name in first} == {"tokenizer", "discriminator", "losses"}
 
 
 def test_every_part_begins_at_its_step(tokenizer, context):

@@ -33,6 +33,7 @@ def make(
     dataset: Annotated[str, typer.Argument(help="A kind of data set that `smalti plugins` lists, e.g. folder.")],
     options: Settings = None,
     *,
+    name: Annotated[str | None, typer.Option(help="Of the data set made.", show_default="the source's")] = None,
     samples: Annotated[int, typer.Option(help="Images of one shard.")] = 1000,
     prefix: Annotated[str, typer.Option(help="Of the shards' names.")] = "train",
     seed: Annotated[int, typer.Option(help="Of the order of images.")] = 0,
@@ -53,6 +54,7 @@ def make(
     source = _dataset_options(dataset, options)
     try:
         settings = ShardSettings(
+            name=name,
             prefix=prefix,
             samples=samples,
             shuffle=None if keep_order else seed,
@@ -87,11 +89,12 @@ def look_through(
     from smalti.core.data.check import check
     from smalti.core.plugins import registry
     from smalti.core.progress import Reporter
-    from smalti.core.recipe import load_recipe
 
     if dataset in registry().names("dataset"):
         sources = [_dataset_options(dataset, options)]
     else:
+        from smalti.core.recipe import load_recipe
+
         data = load_recipe(dataset, options or []).data
         sources = [data.train, *([data.validation] if data.validation != data.train else [])]
     damaged = False

@@ -1,4 +1,4 @@
-"""Changing options by dotted path: `tokenizer.quantizer.codebook_size=1024`."""
+"""Options as plain data: changing them by dotted path, `tokenizer.quantizer.codebook_size=1024`, and comparing them."""
 
 from __future__ import annotations
 
@@ -47,3 +47,16 @@ def _child(place: Any, key: str, parents: Sequence[str]) -> Any:
             return place[int(key)]
         raise UserError(f"{'.'.join([*parents, key])}: the list has entries 0 to {len(place) - 1}")
     raise UserError(f"{'.'.join([*parents, key])}: {'.'.join(parents)} is {place!r} and has no options")
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Where two pieces of plain data differ: `train.steps: 100 there, 200 asked for`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(dict.fromkeys([*old, *new]))
+        return [
+            line for key in keys for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [line for index, (one, other) in pairs for line in differences(one, other, f"{path}.{index}")]
+    return [] if old == new else [f"{path}: {old!r} there, {new!r} asked for"]

@@ -164,16 +164,3 @@ def shipped_recipes() -> Iterator[Path]:
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100)
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Where two pieces of plain data differ: `train.steps: 100 there, 200 asked for`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = list(dict.fromkeys([*old, *new]))
-        return [
-            line for key in keys for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-        ]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = enumerate(zip(old, new, strict=True))
-        return [line for index, (one, other) in pairs for line in differences(one, other, f"{path}.{index}")]
-    return [] if old == new else [f"{path}: {old!r} there, {new!r} asked for"]

@@ -24,7 +24,8 @@ from typing import Any
 
 from smalti.core.errors import UserError
 from smalti.core.files import disk_errors, read_json, remove_temporaries, write_json, write_text
-from smalti.core.recipe import Recipe, differences, dump_recipe, load_recipe
+from smalti.core.overrides import differences
+from smalti.core.recipe import Recipe, dump_recipe, load_recipe
 
 
 class RunFolder:

@@ -14,11 +14,14 @@ from smalti.core.checkpoints.layout import CheckpointLayout, Shapes
 from smalti.core.checkpoints.rules import to_ours, to_published
 from smalti.core.errors import UserError
 from smalti.core.files import atomic_write, read_json
-from smalti.core.overrides import apply_override
+from smalti.core.overrides import apply_override, differences
 from smalti.core.plugins import registry
 from smalti.core.weights import CONFIG, Pretrained, save_tensors
 
 # What looking into shapes raises where they are others than a layout's, and building modules from them.
+# The options that decide what a network computes with its weights, and those among them that only training sees.
+NETWORKS = ("encoder", "decoder")
+TRAINING_ONLY = ("dropout", "drop_path")
 MISSHAPEN = (IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError)
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -196,10 +199,26 @@ def export_checkpoint(module: nn.Module | Pretrained, layout: str) -> dict[str, 
         raise UserError(f"this {module.kind} cannot be written in the layout {layout}: {lacking}") from None
     published, unknown = to_published(rules, module.state_dict())
     shapes = _shapes(published)
-    if unknown or not chosen.recognises(shapes):
-        detail = f"it has no place for {_few(unknown)}" if unknown else "its names and shapes are others"
+    detail = (
+        f"it has no place for {_few(unknown)}" if unknown
+        else "its names and shapes are others" if not chosen.recognises(shapes)
+        else _lost(chosen, shapes, config["options"])
+    )  # fmt: skip
+    if detail:
         raise UserError(f"this {module.kind} cannot be written in the layout {layout}: {detail}")
     return published
+
+
+def _lost(layout: CheckpointLayout, shapes: Shapes, options: Mapping[str, Any]) -> str:
+    """Which options of the networks an import of `shapes` would take otherwise, as a sentence; empty where none."""
+    taken = configured(layout, shapes)["options"]
+    for part in NETWORKS:
+        if isinstance(taken.get(part), dict):
+            whole = registry().options(part, taken[part]["name"]).model_validate(taken[part]).model_dump(mode="json")
+            for line in differences(options.get(part), whole, part):
+                if line.partition(":")[0].rpartition(".")[2] not in TRAINING_ONLY:
+                    return f"no file of it tells {line.partition(':')[0]}, and an import would take another value"
+    return ""
 
 
 def export_file(module: nn.Module | Pretrained, layout: str, path: Path) -> int:

@@ -5,15 +5,66 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+from smalti.core.errors import UserError
+
+Box = tuple[int, int, int, int]
+
+
+class Content(Protocol):
+    """Where the bytes of an image lie; a thread of its own may read them."""
+
+    def read(self) -> bytes:
+        """The bytes; a `UserError` names the file where they are not there."""
 
 
 class Record(NamedTuple):
-    """One image as it lies in its file: `key` names it in messages and in token shards."""
+    """One image as it lies in its file.
+
+    Attributes:
+        key: names it in messages and in token shards.
+        content: its bytes, or where they are read from.
+        label: below the number of classes.
+        box: left, top, right, bottom in pixels: the part that counts, where it is not the whole image.
+    """
 
     key: str
-    image: bytes
+    content: bytes | Content
     label: int
+    box: Box | None = None
+
+    @property
+    def image(self) -> bytes:
+        """The bytes of the image file."""
+        return self.content if isinstance(self.content, bytes) else self.content.read()
+
+
+class FilePart(NamedTuple):
+    """`size` bytes of a file from `offset` on, or all of it; opened for each reading, so that threads may share it."""
+
+    path: str
+    offset: int = 0
+    size: int = -1
+
+    def read(self) -> bytes:
+        """The bytes.
+
+        Raises:
+            UserError: the file is missing, cannot be read, or ends before the part does.
+        """
+        try:
+            with open(self.path, "rb") as file:  # noqa: PTH123  # for each image; a Path would cost as much again
+                if self.offset:
+                    file.seek(self.offset)
+                content = file.read(self.size)
+        except FileNotFoundError:
+            raise UserError(f"{self.path} does not exist") from None
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror}") from None
+        if len(content) < self.size:
+            raise UserError(f"{self.path} is damaged: it ends before byte {self.offset + self.size}")
+        return content
 
 
 class ImageDataset(ABC):
@@ -36,9 +87,13 @@ class ImageDataset(ABC):
                 range.
         """
 
-    def records_from(self, start: int) -> Iterator[Record]:
-        """The records in stored order without the first `start`; override it where that saves reading them."""
-        return islice(self.records(), start, None)
+    def records_from(self, start: int, order: int | None = None, step: int = 1) -> Iterator[Record]:
+        """Of `records(order)` those numbered `start`, `start + step`, ...; override it where that saves reading."""
+        return islice(self.records(order), start, None, step)
+
+    def parts(self) -> list[Iterator[Record]]:
+        """The records in stored order, in parts of which each can be read where another is damaged."""
+        return [self.records()]
 
     @abstractmethod
     def __len__(self) -> int:

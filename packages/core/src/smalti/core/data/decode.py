@@ -1,74 +1,139 @@
 """Image files to pixels of the size that a tokenizer takes.
 
-Legend: C channels, H W pixels, both `Preprocessing.image_size`.
+Legend: C channels, H W pixels, both `Preprocessing.image_size`; V views.
 """
 
 from __future__ import annotations
 
-import io
+import random
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
+from smalti.core.data.augmentation import Augmentation
+from smalti.core.data.dataset import Box
+from smalti.core.data.geometry import (
+    Resize,
+    adm_resized,
+    centre,
+    cut,
+    quickly_resized,
+    resized,
+    short_side_resized,
+    torchvision_centre,
+)
+from smalti.core.data.picture import Pixels, UndecodableImageError, read_picture
 from smalti.core.errors import UserError
 from smalti.core.options import Preprocessing
 
-
-class UndecodableImageError(UserError):
-    """The bytes of one image are damaged or of no known format; training may go on without it."""
+__all__ = ["UndecodableImageError", "decode", "decode_augmented", "decode_ten_crops", "decode_whole"]
 
 
-def decode(image: bytes, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """An image file as uint8 `(C, H, W)`.
+def decode(image: bytes, preprocessing: Preprocessing, box: Box | None = None) -> Pixels:
+    """An image file as uint8 `(C, H, W)`, the same on every machine.
 
-    Transparency is dropped, 16-bit grey is reduced to its high bytes, orientation tags are not followed.
+    Args:
+        image: the bytes of the file; `read_picture` tells how its colours are read.
+        preprocessing: how it is fitted into the size.
+        box: the part of the image that is fitted, see `Record.box`.
 
     Raises:
-        UndecodableImageError: the bytes are damaged or no image.
+        UndecodableImageError: the bytes are damaged or no image, or the box lies outside of it.
         UserError: the image is larger than `image_size` and `fit` is `pad`.
     """
-    # Pillow's readers raise errors of many types on broken bytes: to us they all mean the same.
-    try:
-        with Image.open(io.BytesIO(image)) as file:
-            picture = _converted(file, preprocessing.channels)
-    except Exception as error:
-        raise UndecodableImageError(" ".join(str(error).split()) or type(error).__name__) from error
+    return _channels_first(_fitted(_opened(image, preprocessing.channels, box), preprocessing))
+
+
+def decode_whole(image: bytes, channels: int, box: Box | None = None) -> Pixels:
+    """An image file as uint8 `(C, H, W)` of its own size, otherwise as `decode`.
+
+    Raises:
+        UndecodableImageError: the bytes are damaged or no image, or the box lies outside of it.
+    """
+    return _channels_first(_opened(image, channels, box))
+
+
+def decode_augmented(
+    image: bytes,
+    preprocessing: Preprocessing,
+    box: Box | None,
+    augmentation: Augmentation,
+    draws: random.Random,
+) -> Pixels:
+    """An image file as uint8 `(C, H, W)`, cropped and mirrored by chance; errors as `decode`.
+
+    Whatever is resized is resized quickly, see `geometry.quickly_resized`.
+    """
+    pixels = _opened(image, preprocessing.channels, box)
+    if augmentation.crop is None:
+        pixels = _fitted(pixels, preprocessing, quickly_resized)
+    else:
+        pixels = augmentation.crop.apply(pixels, preprocessing.image_size, draws)
+    if augmentation.flip and draws.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    return _channels_first(pixels)
+
+
+def decode_ten_crops(
+    image: bytes, preprocessing: Preprocessing, box: Box | None = None, crop_range: float = 1.1
+) -> Pixels:
+    """Ten views of an image file for pretokenization (LlamaGen, FQGAN), uint8 `(V, C, H, W)`.
+
+    The image is fitted into a square `int(crop_range * image_size)` pixels wide; the views are its corners (top
+    left, top right, bottom left, bottom right), its middle, and the same five of its mirror image.
+
+    Raises:
+        UndecodableImageError: the bytes are damaged or no image, or the box lies outside of it.
+    """
     size = preprocessing.image_size
-    fitted = _padded(picture, size, preprocessing.background) if preprocessing.fit == "pad" else _cropped(picture, size)
-    pixels = np.asarray(fitted).reshape(size, size, preprocessing.channels)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    larger = preprocessing.model_copy(update={"image_size": int(size * crop_range)})
+    pixels = _fitted(_opened(image, preprocessing.channels, box), larger)
+    return np.stack([_channels_first(view) for side in (pixels, pixels[:, ::-1]) for view in _five(side, size)])
 
 
-def _converted(file: Image.Image, channels: int) -> Image.Image:
-    mode = "L" if channels == 1 else "RGB"
-    if file.mode == mode:
-        file.load()
-        return file
-    if file.mode.startswith("I;16"):  # Pillow would clip these at 255
-        return Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert(mode)
-    if "transparency" in file.info:  # Pillow wants the palette's transparency spelt out before it is dropped
-        return file.convert("RGBA").convert(mode)
-    return file.convert(mode)
+def _five(pixels: Pixels, size: int) -> list[Pixels]:
+    last = len(pixels) - size
+    corners = [cut(pixels, left, top, size) for top in (0, last) for left in (0, last)]
+    return [*corners, torchvision_centre(pixels, size, 0)]
 
 
-def _padded(picture: Image.Image, size: int, background: int) -> Image.Image:
-    width, height = picture.size
-    if max(picture.size) > size:
+def _opened(image: bytes, channels: int, box: Box | None) -> Pixels:
+    pixels = read_picture(image, channels)
+    if box is None:
+        return pixels
+    left, top, right, bottom = box
+    height, width = pixels.shape[:2]
+    if right > width or bottom > height:
+        raise UndecodableImageError(f"it has {width}x{height} pixels, the box {box} reaches beyond")
+    return np.ascontiguousarray(pixels[top:bottom, left:right])
+
+
+def _fitted(pixels: Pixels, preprocessing: Preprocessing, resize: Resize = resized) -> Pixels:
+    size, background = preprocessing.image_size, preprocessing.background
+    match preprocessing.fit:
+        case "pad":
+            return _padded(pixels, size, background)
+        case "center-crop":
+            return centre(adm_resized(pixels, size, resize), size)
+        case "native-crop":
+            return torchvision_centre(pixels, size, background)
+        case "bicubic-crop":
+            return torchvision_centre(short_side_resized(pixels, size, "bicubic", resize), size, background)
+        case "bilinear-crop":
+            return torchvision_centre(short_side_resized(pixels, size, "bilinear", resize), size, background)
+
+
+def _padded(pixels: Pixels, size: int, background: int) -> Pixels:
+    height, width, channels = pixels.shape
+    if max(height, width) > size:
         raise UserError(
             f"an image of {width}x{height} pixels does not fit into image_size {size}: "
             f"choose a larger one, or fit: center-crop"
         )
-    canvas = Image.new(picture.mode, (size, size), background if picture.mode == "L" else (background,) * 3)
-    canvas.paste(picture, ((size - width) // 2, (size - height) // 2))
+    canvas = np.full((size, size, channels), background, np.uint8)
+    left, top = (size - width) // 2, (size - height) // 2
+    canvas[top : top + height, left : left + width] = pixels
     return canvas
 
 
-def _cropped(picture: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop (Dhariwal and Nichol 2021), as `Preprocessing.fit` describes it."""
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+def _channels_first(pixels: Pixels) -> Pixels:
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))

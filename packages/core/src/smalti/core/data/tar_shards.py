@@ -15,11 +15,13 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from webdataset.gopen import Pipe, gopen
 from webdataset.tariterators import group_by_keys
 
+from smalti.core.data.dataset import FilePart
 from smalti.core.errors import UserError
 
 # What the exit status of a command is when its reader closes the pipe early: by itself, or told by a shell.
@@ -49,6 +51,42 @@ def read_shard(url: str) -> Iterator[dict[str, Any]]:
     finally:
         with suppress(OSError):  # a command whose output we no longer want ends with a broken pipe
             stream.close()
+
+
+def is_plain(url: str) -> bool:
+    """Whether it is a local tar file that is not compressed, so that any sample of it can be read at once."""
+    path = Path(url)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return not file.read(6).startswith(tuple(_UNPACKERS))
+
+
+def index_shard(path: str) -> list[dict[str, Any]]:
+    """What `read_shard` gives of a plain local file, with a `FilePart` for the bytes of each file; raises the same."""
+    samples: list[dict[str, Any]] = []
+    try:
+        with Path(path).open("rb") as file:
+            samples.extend(group_by_keys(_parts(path, file)))
+    except (tarfile.TarError, OSError, ValueError) as error:
+        reason = error.args[0] if error.args else error
+        raise UserError(f"shard {path} is damaged or incomplete after {len(samples)} samples: {reason}") from error
+    return samples
+
+
+def _parts(path: str, file: Any) -> Iterator[dict[str, Any]]:
+    with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
+        while (member := tar.next()) is not None:
+            if member.isreg():
+                yield {"fname": member.name, "data": FilePart(path, member.offset_data, member.size), "__url__": ""}
+            tar.members = []  # type: ignore[attr-defined]  # headers, which would pile up
+        _check_end(tar)
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    assert tar.fileobj is not None
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("the end-of-archive marker is cut off")
 
 
 def _opened(url: str) -> Any:
@@ -81,9 +119,7 @@ def _files(stream: Any) -> Iterator[dict[str, Any]]:
             if content is not None:
                 yield {"fname": member.name, "data": content.read(), "__url__": ""}
             tar.members = []  # type: ignore[attr-defined]  # headers, which would pile up
-        assert tar.fileobj is not None
-        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("the end-of-archive marker is cut off")
+        _check_end(tar)
     while file.read(1 << 16):  # checksums are checked at the end, and a command must be able to finish
         continue
 

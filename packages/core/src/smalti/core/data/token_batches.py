@@ -6,13 +6,14 @@ Legend: B batch, N samples, V views, L positions, S streams.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from smalti.core.data.position import Position, Shared
 from smalti.core.data.token_shards import TokenSet
 from smalti.core.errors import UserError
 from smalti.core.noise import mixed_seed
@@ -29,7 +30,8 @@ class TokenBatches:
     """Batches for one of several processes; state and sharing as for `TrainBatches`.
 
     Epoch e draws a permutation of the samples, and a view for each, from PCG64 seeded with
-    `mixed_seed(seed, "tokens", e)`; item i of the epoch belongs to process `i % world_size`.
+    `mixed_seed(seed, "tokens", e)`; the epochs one after the other are one stream, whose item g belongs to
+    process `g % world_size`.
 
     Args:
         token_set: N samples.
@@ -49,8 +51,7 @@ class TokenBatches:
         self.batch_size = batch_size
         self.seed = seed
         self.rank, self.world_size = rank, world_size
-        self._epoch = 0
-        self._position = 0
+        self._position = Position()
         self._stream = self._items()
 
     def __iter__(self) -> Self:
@@ -62,23 +63,24 @@ class TokenBatches:
         tokens = self.token_set.tokens[samples, views].astype(np.int64)
         return TokenBatch(torch.from_numpy(tokens), torch.from_numpy(self.token_set.labels[samples]))
 
-    def state_dict(self) -> dict[str, int]:
-        """Where this process is: the epoch, and the items of it that are consumed."""
-        return {"epoch": self._epoch, "records": self._position}
+    def state_dict(self) -> dict[str, Any]:
+        """Where this process is, as plain data, see `Position`."""
+        return self._position._asdict()
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where batches with the same arguments were."""
-        self._epoch, self._position = state["epoch"], state["records"]
+        self._position = Position(**state)
         self._stream = self._items()
 
     def _items(self) -> Iterator[tuple[int, int]]:
         """Sample and view of each item of this process."""
         count, views = len(self.token_set), len(self.token_set.views)
+        shared = Shared(self._position, self.rank, self.world_size)
         while True:
-            generator = np.random.Generator(np.random.PCG64(mixed_seed(self.seed, "tokens", self._epoch)))
+            generator = np.random.Generator(np.random.PCG64(mixed_seed(self.seed, "tokens", shared.epoch)))
             order, chosen = generator.permutation(count), generator.integers(views, size=count)
-            for index in range(self._position, count):
-                self._position = index + 1
-                if index % self.world_size == self.rank:
-                    yield int(order[index]), int(chosen[index])
-            self._epoch, self._position = self._epoch + 1, 0
+            for place in range(shared.start(), count, self.world_size):
+                if not shared.is_consumed(place):
+                    self._position = shared.after(place)
+                    yield int(order[place]), int(chosen[place])
+            shared.next_epoch(count)

@@ -19,7 +19,8 @@ from urllib.parse import urlparse
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from smalti.core.data.dataset import ImageDataset, Record
+from smalti.core.data.dataset import Content, ImageDataset, Record
+from smalti.core.data.places import what_is_there
 from smalti.core.errors import UserError
 from smalti.core.files import read_json
 from smalti.core.options import DatasetOptions, sentences
@@ -29,6 +30,7 @@ EMBEDDED = "embedded:"
 CARD = "dataset.json"
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 KEPT_BYTES = 128 << 20
+INDEX_BYTES = 300  # of memory for a record whose image is read when it is asked for
 
 
 class WebDatasetOptions(DatasetOptions):
@@ -65,10 +67,10 @@ class DatasetCard(BaseModel):
 
 
 class WebDataset(ImageDataset):
-    """A set of labelled images in tar shards, read as a stream.
+    """A set of labelled images in tar shards.
 
-    The images of the first shards are kept in memory, undecoded, up to `KEPT_BYTES`: reading a small image
-    out of a tar file takes longer than decoding it.
+    Of plain local files only the headers are read, and each image when it is asked for. All others are read as
+    streams. What was read of the first shards is kept in memory, undecoded, up to `KEPT_BYTES`.
 
     Raises:
         UserError: no shard where `options.shards` points, or classes that are neither given nor on the card.
@@ -110,26 +112,33 @@ class WebDataset(ImageDataset):
         shuffled: Iterator[Record] = shuffle(size, initial=size, rng=generator)(self._stored(shards))
         return shuffled
 
-    def records_from(self, start: int) -> Iterator[Record]:
-        """The records in stored order without the first `start`; shards of known size are not read for that."""
+    def records_from(self, start: int, order: int | None = None, step: int = 1) -> Iterator[Record]:
+        """As promised; in stored order, shards of known size before the start are not read."""
+        if order is not None:
+            return super().records_from(start, order, step)
         for place, shard in enumerate(self.shards):
             if start < self._counts.get(shard, start + 1):
-                return islice(self._stored(self.shards[place:]), start, None)
+                return islice(self._stored(self.shards[place:]), start, None, step)
             start -= self._counts[shard]
         return iter(())
+
+    def parts(self) -> list[Iterator[Record]]:
+        """The records shard by shard."""
+        return [self._stored([shard]) for shard in self.shards]
 
     def _stored(self, shards: Iterable[str]) -> Iterator[Record]:
         for shard in shards:
             yield from self._kept[shard] if shard in self._kept else self._read(shard)
 
     def _read(self, shard: str) -> Iterator[Record]:
-        from smalti.core.data.tar_shards import read_shard
+        from smalti.core.data.tar_shards import index_shard, is_plain, read_shard
 
         count, size, kept = 0, 0, []
-        for sample in read_shard(shard):
+        for sample in index_shard(shard) if is_plain(shard) else read_shard(shard):
             record = _record(sample, shard, len(self.classes))
             yield record
-            count, size = count + 1, size + len(record.image)
+            count += 1
+            size += len(record.content) if isinstance(record.content, bytes) else INDEX_BYTES
             if size <= self._room:
                 kept.append(record)
         if self._told.get(shard, count) != count:
@@ -141,11 +150,9 @@ class WebDataset(ImageDataset):
 
     def __len__(self) -> int:
         """The number of records; one pass over the shards where the card does not tell it."""
-        from smalti.core.data.tar_shards import read_shard
-
         for shard in self.shards:
             if shard not in self._counts:
-                self._counts[shard] = sum(1 for _ in read_shard(shard))
+                self._counts[shard] = sum(1 for _ in self._read(shard))
         return sum(self._counts[shard] for shard in self.shards)
 
 
@@ -174,19 +181,9 @@ def _matches(url: str) -> list[str]:
         return [url]
     found = sorted(map(str, Path(path.anchor).glob(str(path.relative_to(path.anchor))))) if glob.has_magic(url) else []
     if not found:
-        raise UserError(f"no shard matches {url}: {_what_is_there(path)}")
+        hint = f"it is a folder, its shards would be {path}/*.tar" if path.is_dir() else what_is_there(path)
+        raise UserError(f"no shard matches {url}: {hint}")
     return found
-
-
-def _what_is_there(path: Path) -> str:
-    if path.is_dir():
-        return f"it is a folder, its shards would be {path}/*.tar"
-    folder = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
-    if not folder.is_dir():
-        return f"there is no folder {folder}"
-    names = sorted(entry.name for entry in folder.iterdir())
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"the folder {folder} holds {', '.join(names[:5])}{more}" if names else f"the folder {folder} is empty"
 
 
 def _read_card(shard: str) -> DatasetCard | None:
@@ -214,13 +211,15 @@ def _record(sample: dict[str, Any], shard: str, classes: int) -> Record:
 
 def _label(sample: dict[str, Any], where: str) -> int:
     if "cls" in sample:
+        content = _bytes(sample["cls"])
         try:
-            return int(sample["cls"])
+            return int(content)
         except ValueError:
-            raise UserError(f"{where} has the label {_shown(sample['cls'])}: expected an integer") from None
+            shown = repr(content[:20].decode(errors="replace"))
+            raise UserError(f"{where} has the label {shown}: expected an integer") from None
     if "json" in sample:
         try:
-            label = json.loads(sample["json"])["label"]
+            label = json.loads(_bytes(sample["json"]))["label"]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{where} has no number under `label` in its .json") from None
         if type(label) is not int:
@@ -229,5 +228,5 @@ def _label(sample: dict[str, Any], where: str) -> int:
     raise UserError(f"{where} has no label: expected .cls, or .json with `label`")
 
 
-def _shown(content: bytes) -> str:
-    return repr(content[:20].decode(errors="replace"))
+def _bytes(content: bytes | Content) -> bytes:
+    return content if isinstance(content, bytes) else content.read()

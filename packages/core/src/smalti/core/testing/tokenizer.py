@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -37,6 +37,11 @@ class TokenizerContract:
         coarse = torch.rand(batch, preprocessing.channels, 4, 4, generator=generator) * 2 - 1
         return torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear", align_corners=False)
 
+    def context(self, batch: int) -> dict[str, Any]:
+        """What `forward` and `decode` need beside images or tokens, by argument name, for a batch of that size."""
+        del batch
+        return {}
+
     def test_tokens_have_the_layout(self) -> None:
         tokenizer = self.build().eval()
         layout = tokenizer.layout()
@@ -50,24 +55,26 @@ class TokenizerContract:
         tokenizer = self.build().eval()
         images = self.images()
         tokens = tokenizer.encode(images)
-        decoded = tokenizer.decode(tokens)
+        decoded = tokenizer.decode(tokens, **self.context(3))
         assert decoded.shape == images.shape
         assert bool((decoded.abs() <= 1).all())
-        assert torch.equal(decoded, tokenizer.decode(tokens, tokenizer.layout()))
+        assert torch.equal(decoded, tokenizer.decode(tokens, tokenizer.layout(), **self.context(3)))
 
     def test_decode_agrees_with_forward(self) -> None:
         tokenizer = self.build().eval()
         images = self.images()
         with torch.no_grad():
-            output = tokenizer(images)
+            output = tokenizer(images, **self.context(len(images)))
         assert torch.equal(output.tokens, tokenizer.encode(images))
-        torch.testing.assert_close(tokenizer.decode(output.tokens), output.images.clamp(-1, 1), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            tokenizer.decode(output.tokens, **self.context(3)), output.images.clamp(-1, 1), atol=1e-4, rtol=0
+        )
 
     def test_every_weight_learns(self) -> None:
         tokenizer = self.build().train()
         images = self.images()
         for _ in range(2):  # a layer that starts at zero hides those before it from the first gradient
-            output = tokenizer(images)
+            output = tokenizer(images, **self.context(len(images)))
             for name, loss in output.losses.items():
                 assert math.isfinite(loss.item()), name
             features = sum(feature.square().mean() for feature in output.features.values())
@@ -88,7 +95,7 @@ class TokenizerContract:
         errors = []
         for step in range(30):
             torch.manual_seed(step)
-            output = tokenizer(images)
+            output = tokenizer(images, **self.context(len(images)))
             error = (output.images - images).square().mean()
             optimizer.zero_grad()
             (error + sum(output.losses.values())).backward()
@@ -114,7 +121,7 @@ class TokenizerContract:
     def test_autocast(self) -> None:
         tokenizer = self.build().train()
         with torch.autocast("cpu", torch.bfloat16):
-            output = tokenizer(self.images())
+            output = tokenizer(self.images(), **self.context(3))
             loss = output.images.float().square().mean() + sum(output.losses.values())
         loss.backward()
         assert bool(torch.isfinite(output.images).all())
@@ -127,8 +134,9 @@ class TokenizerContract:
         images = self.images()
         torch._dynamo.reset()
         with torch.no_grad():
-            output = torch.compile(tokenizer, fullgraph=True, backend="aot_eager")(images)
-            torch.testing.assert_close(output.images, tokenizer(images).images, atol=1e-4, rtol=1e-4)
+            context = self.context(3)
+            output = torch.compile(tokenizer, fullgraph=True, backend="aot_eager")(images, **context)
+            torch.testing.assert_close(output.images, tokenizer(images, **context).images, atol=1e-4, rtol=1e-4)
 
     def test_wrong_channels_are_told(self) -> None:
         tokenizer = self.build().eval()

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
+
+Warmup = Literal["none", "ramp", "power"]
+
+
+def ema_decay(decay: float, warmup: Warmup, update: int) -> float:
+    """The decay of update n (from 1): at most `decay`, and at first less, so that the random start is soon forgotten.
+
+    `ramp` is (1 + n) / (10 + n), as in TensorFlow; `power` 1 - (1 + n)^(-2/3), as in k-diffusion.
+    """
+    match warmup:
+        case "none":
+            return decay
+        case "ramp":
+            return min(decay, (1 + update) / (10 + update))
+        case "power":
+            return float(min(decay, 1.0 - (1 + update) ** (-2 / 3)))
 
 
 class EMA:
     """An exponential moving average of a module's floating-point state.
 
-    After update n (from 1) the decay is min(decay, (1 + n) / (10 + n)), so that the first updates do not
-    keep the random start. Buffers are averaged as well, integers copied.
+    Buffers are averaged as well, integers copied.
+
+    Args:
+        module: whose state is the start.
+        decay: weight of the past.
+        warmup: how the decay begins, see `ema_decay`.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, warmup: Warmup = "ramp") -> None:
         self.decay = decay
+        self.warmup: Warmup = warmup
         self.updates = 0
         self.weights = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
@@ -22,7 +45,7 @@ class EMA:
     def update(self, module: nn.Module) -> None:
         """Move the average towards `module`."""
         self.updates += 1
-        share = 1.0 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        share = 1.0 - ema_decay(self.decay, self.warmup, self.updates)
         averages, targets = [], []
         for name, tensor in module.state_dict().items():
             if tensor.is_floating_point():

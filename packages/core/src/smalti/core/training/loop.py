@@ -27,11 +27,12 @@ from smalti.core.noise import mixed_seed
 from smalti.core.stage import Context
 from smalti.core.training.checkpoint import load_state, save_state
 from smalti.core.training.ema import EMA
+from smalti.core.training.optimizer import build_optimizer, set_rates
 from smalti.core.training.options import Optimization
 from smalti.core.training.schedule import multiplier
 from smalti.core.training.token_health import TokenHealth
 
-Objective = tuple[str, dict[str, Tensor]]
+Objective = tuple[str | tuple[str, ...], dict[str, Tensor]]
 
 
 class Batches(Protocol):
@@ -54,16 +55,31 @@ class Task(ABC):
         models: networks by name, each with an optimizer of its own; the first is the one that is kept and
             averaged.
         learning_rates: for models whose rate is not the optimization's.
+        first_steps: for models that begin to train later; their schedules begin there.
         health: of the tokens it sees, told beside the losses.
     """
 
     models: dict[str, nn.Module]
     learning_rates: Mapping[str, float] = {}
+    first_steps: Mapping[str, int] = {}
     health: TokenHealth | None = None
+
+    def optimization(self, name: str, shared: Optimization) -> Optimization:
+        """How the model `name` is trained, where that is not how all are."""
+        rate = self.learning_rates.get(name)
+        return shared if rate is None else shared.model_copy(update={"learning_rate": rate})
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed to go on beside the models, as tensors and plain data, equal on all processes."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        del state
 
     @abstractmethod
     def objectives(self, models: Mapping[str, nn.Module], batch: Any, step: int) -> Iterator[Objective]:
-        """Yield, one after the other, whose optimizer steps and the weighted terms it minimises.
+        """Yield, one after the other, whose optimizers step and the weighted terms they minimise.
 
         `models` are `self.models` as the loop wrapped them: call these. The next objective is asked for
         after the step of the one before.
@@ -125,29 +141,24 @@ class _Loop:
         self.main = next(iter(task.models.values()))
         self.models: dict[str, nn.Module] = {}
         self.optimizers: dict[str, Any] = {}
+        self.optimizations: dict[str, Optimization] = {}
         for name, model in task.models.items():
             model.train()
-            self.models[name], self.optimizers[name] = self.accelerator.prepare(model, self._optimizer(name, model))
+            own = self.optimizations[name] = task.optimization(name, optimization)
+            self.models[name], self.optimizers[name] = self.accelerator.prepare(model, build_optimizer(model, own))
         decay = optimization.ema_decay
-        self.ema = EMA(self.main, decay) if decay is not None else None
+        self.ema = EMA(self.main, decay, optimization.ema_warmup) if decay is not None else None
         self.step = 0
         self.seconds = 0.0
         self.sums: dict[str, float] = {}
         self.summed = 0
 
-    def _optimizer(self, name: str, model: nn.Module) -> torch.optim.Optimizer:
-        matrices = [weight for weight in model.parameters() if weight.requires_grad and weight.ndim >= 2]
-        vectors = [weight for weight in model.parameters() if weight.requires_grad and weight.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": self.optimization.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        # A fused step is one kernel per group: on small models the step is half the overhead.
-        return torch.optim.AdamW(groups, lr=self._rate(name, 0), betas=self.optimization.betas, fused=True)
-
     def _rate(self, name: str, step: int) -> float:
-        base = self.task.learning_rates.get(name, self.optimization.learning_rate)
-        return base * multiplier(self.optimization, step)
+        optimization = self.optimizations[name]
+        return optimization.learning_rate * multiplier(optimization, self._own_step(name, step))
+
+    def _own_step(self, name: str, step: int) -> int:
+        return max(step - self.task.first_steps.get(name, 0), 0)
 
     def run(self) -> dict[str, Tensor] | None:
         self._load()
@@ -177,8 +188,7 @@ class _Loop:
     def _update(self) -> None:
         rank = distributed.rank()
         for name, optimizer in self.optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = self._rate(name, self.step)
+            set_rates(optimizer, self.optimizations[name], self._own_step(name, self.step))
         for part in range(self.optimization.accumulate):
             torch.manual_seed(mixed_seed(self.context.recipe.seed, self.stage, self.step, part, rank))
             batch = _moved(next(self.batches), self.accelerator.device)
@@ -196,13 +206,13 @@ class _Loop:
                 item = next(objectives, None)
             if item is None:
                 break
-            name, losses = item
-            optimizer = self.optimizers[name]
+            names, losses = item
             self.accelerator.backward(torch.stack([loss.float() for loss in losses.values()]).sum())
-            if self.accelerator.sync_gradients and self.optimization.clip is not None:
-                self.accelerator.clip_grad_norm_(self.models[name].parameters(), self.optimization.clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            for name in (names,) if isinstance(names, str) else names:
+                if self.accelerator.sync_gradients and self.optimization.clip is not None:
+                    self.accelerator.clip_grad_norm_(self.models[name].parameters(), self.optimization.clip)
+                self.optimizers[name].step()
+                self.optimizers[name].zero_grad()
             self._sum(losses)
         self.summed += 1
 
@@ -244,6 +254,7 @@ class _Loop:
                 "models": {name: model.state_dict() for name, model in self.task.models.items()},
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
                 "ema": self.ema.state_dict() if self.ema else None,
+                "task": self.task.state_dict(),
                 "ranks": ranks,
             }
             save_state(self._path, state)
@@ -268,6 +279,7 @@ class _Loop:
             self.optimizers[name].load_state_dict(state["optimizers"][name])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+        self.task.load_state_dict(state["task"])
         own = state["ranks"][distributed.rank()]
         self.batches.load_state_dict(own["batches"])
         self.sums, self.summed = own["sums"], own["summed"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from smalti.core.options import DiscriminatorOptions, LossOptions, Options, Slot
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Steps = Annotated[int, Field(ge=0)]
 
 
 class Optimization(Options):
@@ -16,14 +19,26 @@ class Optimization(Options):
         steps: updates of the weights.
         batch_size: images of one update over all processes and micro-batches.
         accumulate: micro-batches of one update.
-        learning_rate: after warm-up (AdamW).
-        betas: of AdamW.
-        weight_decay: of AdamW, on weights of two axes or more.
-        warmup_steps: linear from 0.
-        schedule: after warm-up, cosine down to `final_ratio` times the learning rate, or constant.
-        final_ratio: see `schedule`.
+        optimizer: `adamw`, or `adam`, whose weight decay is a part of the gradient.
+        learning_rate: after warm-up.
+        betas: of the optimizer.
+        weight_decay: of the optimizer, on weights of two axes or more.
+        final_weight_decay: the weight decay moves there along half a cosine over all steps; None leaves it.
+        no_decay: parameters with one of these in their names have no weight decay either.
+        decay_vectors: weights of one axis (biases, norms) have it, too.
+        warmup_steps: linear, from `warmup_from` on.
+        warmup_from: ratio to the learning rate at the first update; None is 1 / warmup_steps.
+        schedule: after warm-up: `constant`; half a cosine down to `final_ratio`; `linear` or `exponential` through the
+            `knots`, down to `final_ratio`; `steps`, from knot to knot at once.
+        final_ratio: to the learning rate, at the last update.
+        knots: points on the way, ascending: the share of the scheduled updates and the ratio there, e.g.
+            `[[0.15, 1.0]]` holds the learning rate for 15 % of them.
+        schedule_under_warmup: the schedule begins at the first update, hidden by the warm-up as long as that takes
+            (timm), instead of after it.
         clip: largest norm of the gradient; None for no limit.
-        ema_decay: of the averaged weights, min(decay, (1 + n) / (10 + n)) after n updates; None for none.
+        ema_decay: of the averaged weights; None for none.
+        ema_warmup: what the decay is after n updates, if that is less: `ramp`, (1 + n) / (10 + n); `power`,
+            1 - (1 + n)^(-2/3); `none`, `ema_decay` from the first on.
         precision: of the forward pass; weights stay float32.
         checkpoint_every: updates between checkpoints of everything that is needed to go on.
         log_every: updates between lines of `metrics.jsonl`.
@@ -32,40 +47,168 @@ class Optimization(Options):
     steps: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)]
     accumulate: Annotated[int, Field(ge=1)] = 1
+    optimizer: Literal["adamw", "adam"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)]
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    schedule: Literal["cosine", "constant"] = "cosine"
-    final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    final_weight_decay: Annotated[float, Field(ge=0)] | None = None
+    no_decay: tuple[str, ...] = ()
+    decay_vectors: bool = False
+    warmup_steps: Steps = 0
+    warmup_from: Share | None = None
+    schedule: Literal["constant", "cosine", "linear", "exponential", "steps"] = "cosine"
+    final_ratio: Share = 0.0
+    knots: tuple[tuple[Share, Annotated[float, Field(ge=0)]], ...] = ()
+    schedule_under_warmup: bool = False
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = 0.999
+    ema_warmup: Literal["none", "ramp", "power"] = "ramp"
     precision: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: Annotated[int, Field(ge=1)] = 1000
     log_every: Annotated[int, Field(ge=1)] = 50
 
+    @model_validator(mode="after")
+    def _possible_schedule(self) -> Self:
+        places = [place for place, _ in self.knots]
+        if places != sorted(set(places)):
+            raise ValueError(f"knots must ascend, got shares {', '.join(map(str, places))}")
+        if self.knots and self.schedule in ("constant", "cosine"):
+            raise ValueError(f"knots belong to the schedules linear, exponential and steps, not to {self.schedule}")
+        if self.schedule == "steps" and not self.knots:
+            raise ValueError("the schedule steps needs knots, e.g. [[0.8, 0.1]]")
+        if self.schedule == "exponential" and min([self.final_ratio, *(ratio for _, ratio in self.knots)]) <= 0:
+            raise ValueError("the schedule exponential needs a final_ratio and knots above 0")
+        return self
 
-class Adversarial(Options):
-    """The adversarial term of tokenizer training (hinge loss, Lim and Ye 2017).
+
+class LeCam(Options):
+    """LeCam regularisation of the discriminator (Tseng et al. 2021): logits stay near the other kind's average.
 
     Args:
-        discriminator: the network; it trains from the first update on.
+        weight: of the term.
+        decay: of the running averages of real and generated logits.
+        of: what is compared with them: `patches`, every logit (SEED-Voken, XQ-GAN), or the batch's `mean`
+            (visual-tokenizer-pytorch, TiTok).
+        update: the averages, `before` or `after` they are used.
+    """
+
+    weight: Annotated[float, Field(gt=0)] = 1e-3
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    of: Literal["patches", "mean"] = "mean"
+    update: Literal["before", "after"] = "after"
+
+
+class Augmentation(Options):
+    """What happens to all images before the discriminator sees them.
+
+    Args:
+        probability: of each of DiffAugment's transformations (Zhao et al. 2020): translation, colour and cutout.
+        blur_until: update up to which images are blurred most (as StyleGAN-T does).
+        blur_fade: in so many updates after that the blur fades.
+    """
+
+    probability: Share = 1.0
+    blur_until: Steps = 0
+    blur_fade: Steps = 0
+
+
+class Adversarial(Options):
+    """The adversarial term of tokenizer training.
+
+    Args:
+        discriminator: the network.
         weight: of the generator's term.
         start: update at which the generator's term sets in.
+        discriminator_start: update at which the discriminator begins to train; its schedule begins there.
         learning_rate: of the discriminator.
+        weight_decay: of the discriminator; None takes the tokenizer's.
+        warmup_steps: of the discriminator's learning rate; None takes the tokenizer's.
+        objective: of the discriminator: `hinge` (Lim and Ye 2017) or `vanilla`, the log loss of the original GAN.
+        generator_objective: `hinge`, the mean logit, also the partner of `vanilla` in taming; `non-saturating`,
+            -log sigmoid of the logits (Goodfellow et al. 2014).
+        image_logits: logits are averaged over each image before the objectives of: the `generator` (SEED-Voken), both
+            (`all`), or `none`.
+        discriminator_weight: of the discriminator's own loss; matters for clipping only.
+        discriminator_first: the discriminator steps before the tokenizer (IBQ) instead of after it.
+        adaptive: the generator's weight is multiplied by the ratio of the gradients of the recipe's losses and of the
+            adversarial term at the decoder's last layer (VQGAN, equation 7).
+        adaptive_limit: of that ratio.
+        lecam: LeCam regularisation of the discriminator.
+        r1: weight of half the squared gradient of the logits at real images (Mescheder et al. 2018).
+        augment: what the discriminator sees.
     """
 
     discriminator: Annotated[DiscriminatorOptions, Slot("discriminator")]
     weight: Annotated[float, Field(gt=0)] = 0.1
-    start: Annotated[int, Field(ge=0)] = 0
+    start: Steps = 0
+    discriminator_start: Steps = 0
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    warmup_steps: Steps | None = None
+    objective: Literal["hinge", "vanilla"] = "hinge"
+    generator_objective: Literal["hinge", "non-saturating"] = "hinge"
+    image_logits: Literal["none", "generator", "all"] = "none"
+    discriminator_weight: Annotated[float, Field(gt=0)] = 1.0
+    discriminator_first: bool = False
+    adaptive: bool = False
+    adaptive_limit: Annotated[float, Field(gt=0)] = 1e4
+    lecam: LeCam | None = None
+    r1: Annotated[float, Field(gt=0)] | None = None
+    augment: Augmentation | None = None
+
+
+class Ramp(Options):
+    """A factor that moves in a line over the first updates and then stays.
+
+    Args:
+        start: at the first update.
+        end: from update `steps` on.
+        steps: see `end`.
+    """
+
+    start: Annotated[float, Field(ge=0)] = 1.0
+    end: Annotated[float, Field(ge=0)]
+    steps: Annotated[int, Field(ge=1)]
+
+    def __call__(self, step: int) -> float:
+        """The factor at an update."""
+        return self.start + min(step / self.steps, 1.0) * (self.end - self.start)
+
+
+class Perturbation(Options):
+    """Latent perturbation (RobustTok, Qiu et al. 2025): in training some tokens become a near code, not the nearest.
+
+    Args:
+        neighbours: delta, how many of the nearest codes are drawn from, the nearest one among them.
+        probability: alpha, that a token is drawn anew.
+        share: beta, of the samples of a batch, its first, that are perturbed.
+        anneal_from: update from which `neighbours` and `probability` shrink in a line.
+        anneal_to: update at which they have shrunk.
+        final_ratio: to what share of them.
+    """
+
+    neighbours: Annotated[int, Field(ge=1)] = 100
+    probability: Share = 1.0
+    share: Share = 0.1
+    anneal_from: Steps = 0
+    anneal_to: Steps = 0
+    final_ratio: Share = 1.0
 
 
 class TokenizerTraining(Optimization):
-    """How a tokenizer is trained: with `losses` between reconstruction and image, and perhaps adversarially."""
+    """How a tokenizer is trained.
+
+    Args:
+        losses: between what the tokenizer makes of images and the images.
+        ramps: factors of the quantizer's terms by name, e.g. `{entropy: {end: 0.01, steps: 5000}}`.
+        adversarial: the discriminator and its terms.
+        perturbation: of the quantized latent.
+    """
 
     losses: Annotated[tuple[Annotated[LossOptions, Slot("loss")], ...], Field(min_length=1)]
+    ramps: dict[str, Ramp] = Field(default_factory=dict)
     adversarial: Adversarial | None = None
+    perturbation: Perturbation | None = None
 
 
 class GeneratorTraining(Optimization):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from smalti.core.contracts import Generator, Tokenizer
+from smalti.core.contracts import Generator, Tokenizer, TokenizerOutput
 from smalti.core.data.loader import Batch
-from smalti.core.training.hinge import hinge_discriminator, hinge_generator
+from smalti.core.losses.terms import LossTerms
+from smalti.core.training.adversarial import Adversary, last_weight
 from smalti.core.training.loop import Objective, Task
-from smalti.core.training.options import TokenizerTraining
+from smalti.core.training.options import Optimization, TokenizerTraining
+from smalti.core.training.perturbation import LatentPerturbation
 from smalti.core.training.token_health import TokenHealth
 
 
@@ -21,41 +24,91 @@ class TokenizerTask(Task):
     health: TokenHealth
 
     def __init__(self, tokenizer: Tokenizer, options: TokenizerTraining) -> None:
+        self.options = options
         self.models = {"tokenizer": tokenizer}
         self.health = TokenHealth(tokenizer)
-        self.losses = [(loss.name, loss.weight, loss.build()) for loss in options.losses]
-        self.adversarial = options.adversarial
-        if self.adversarial is not None:
-            channels = tokenizer.preprocessing.channels
-            self.models["discriminator"] = self.adversarial.discriminator.build(channels)
-            self.learning_rates = {"discriminator": self.adversarial.learning_rate}
+        self.losses = LossTerms(options.losses, tokenizer)
+        self.device = torch.device("cpu")  # of the losses
+        self.perturbation = (
+            LatentPerturbation(options.perturbation, tokenizer) if options.perturbation is not None else None
+        )
+        self.adversary: Adversary | None = None
+        adversarial = options.adversarial
+        if adversarial is not None:
+            discriminator = adversarial.discriminator.build(tokenizer.preprocessing.channels)
+            self.models["discriminator"] = discriminator
+            self.first_steps = {"discriminator": adversarial.discriminator_start}
+            self.adversary = Adversary(
+                adversarial, discriminator, last_weight(tokenizer) if adversarial.adaptive else None
+            )
+        if self.losses.trainable:
+            self.models["losses"] = self.losses
+
+    def optimization(self, name: str, shared: Optimization) -> Optimization:
+        """The discriminator has a learning rate of its own, and perhaps more."""
+        adversarial = self.options.adversarial
+        if name != "discriminator" or adversarial is None:
+            return shared
+        own: dict[str, Any] = {
+            "learning_rate": adversarial.learning_rate,
+            "steps": max(shared.steps - adversarial.discriminator_start, 1),
+        }
+        if adversarial.weight_decay is not None:
+            own |= {"weight_decay": adversarial.weight_decay, "final_weight_decay": None}
+        if adversarial.warmup_steps is not None:
+            own["warmup_steps"] = adversarial.warmup_steps
+        return shared.model_copy(update=own)
 
     def objectives(self, models: Mapping[str, nn.Module], batch: Batch, step: int) -> Iterator[Objective]:
-        """The tokenizer's terms, then the discriminator's on the same reconstructions."""
+        """The tokenizer's terms and the discriminator's, on the same reconstructions, in the order of the options."""
+        if self.perturbation is not None:
+            self.perturbation.step = step
         output = models["tokenizer"](batch.images)
         self.health.update(output.tokens)
-        terms: dict[str, Tensor] = {
-            name: weight * loss(output.images, batch.images) for name, weight, loss in self.losses
-        }
-        terms |= output.losses
-        adversarial = self.adversarial
-        if adversarial is not None and step >= adversarial.start:
-            terms["adversarial"] = adversarial.weight * hinge_generator(self._judged(output.images))
-        yield "tokenizer", terms
-        if adversarial is not None:
-            discriminator = models["discriminator"]
-            real, generated = discriminator(batch.images), discriminator(output.images.detach())
-            yield "discriminator", {"discriminator": hinge_discriminator(real, generated)}
+        first = self.adversary is not None and self.adversary.options.discriminator_first
+        if first:
+            yield from self._discriminator(models, batch, output, step)
+        yield self._learners, self._tokenizer_terms(models, batch, output, step)
+        if not first:
+            yield from self._discriminator(models, batch, output, step)
 
-    def _judged(self, images: Tensor) -> Tensor:
-        """The discriminator's logits with gradients to the images but none to its weights.
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on, beside the models."""
+        return {} if self.adversary is None else self.adversary.state_dict()
 
-        Calls the network beneath DDP's wrapper, which would wait for gradients that never come.
-        """
-        discriminator = self.models["discriminator"]
-        frozen = {name: weight.detach() for name, weight in discriminator.named_parameters()}
-        logits: Tensor = functional_call(discriminator, frozen, (images,))
-        return logits
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        if self.adversary is not None:
+            self.adversary.load_state_dict(state)
+
+    @property
+    def _learners(self) -> tuple[str, ...]:
+        return ("tokenizer", "losses") if "losses" in self.models else ("tokenizer",)
+
+    def _tokenizer_terms(
+        self, models: Mapping[str, nn.Module], batch: Batch, output: TokenizerOutput, step: int
+    ) -> dict[str, Tensor]:
+        if batch.images.device != self.device:
+            self.device = batch.images.device
+            self.losses.to(self.device)
+        image_terms: dict[str, Tensor] = models.get("losses", self.losses)(output, batch.images, step)
+        terms = image_terms | self._ramped(output.losses, step)
+        if self.adversary is not None and step >= self.adversary.options.start:
+            reference = torch.stack([term.float() for term in image_terms.values()]).sum()
+            terms["adversarial"] = self.adversary.generator_term(output.images, reference, step)
+        return terms
+
+    def _ramped(self, losses: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        ramps = self.options.ramps
+        return {name: ramps[name](step) * loss if name in ramps else loss for name, loss in losses.items()}
+
+    def _discriminator(
+        self, models: Mapping[str, nn.Module], batch: Batch, output: TokenizerOutput, step: int
+    ) -> Iterator[Objective]:
+        if self.adversary is None or step < self.adversary.options.discriminator_start:
+            return
+        terms = self.adversary.discriminator_terms(models["discriminator"], batch.images, output.images.detach(), step)
+        yield ("discriminator",), terms
 
 
 class GeneratorTask(Task):

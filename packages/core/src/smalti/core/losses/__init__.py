@@ -1,0 +1,1 @@
+"""Losses of tokenizer training beyond those of the quantizer."""

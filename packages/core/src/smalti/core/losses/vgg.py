@@ -1,0 +1,81 @@
+"""The convolutions of VGG16 (Simonyan and Zisserman 2015) and the features that losses compare.
+
+Legend: B batch, H W pixels, D channels of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from smalti.core.checkpoints.file import read_checkpoint
+from smalti.core.losses.weight_files import fill, weight_file
+
+URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+WIDTHS = (64, 128, 256, 512, 512)
+DEPTHS = (2, 2, 3, 3, 3)
+# LPIPS normalises images in [-1, 1] by the statistics of ImageNet, rounded.
+SHIFT = (-0.030, -0.088, -0.188)
+SCALE = (0.458, 0.448, 0.450)
+
+
+class VGG16(nn.Module):
+    """Images `(B, 3, H, W)` in [-1, 1] to the features after relu1_2, 2_2, 3_3, 4_3 and 5_3.
+
+    Attributes:
+        features: the layers, numbered as in torchvision, whose file fills them.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        self.taps: list[int] = []
+        before = 3
+        for width, depth in zip(WIDTHS, DEPTHS, strict=True):
+            if layers:
+                layers.append(nn.MaxPool2d(2))
+            for _ in range(depth):
+                layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
+                before = width
+            self.taps.append(len(layers) - 1)
+        self.features = nn.Sequential(*layers)
+        self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Five maps `(B, D, h, w)`."""
+        x = (images - self.shift) / self.scale
+        found = []
+        for index, layer in enumerate(self.features):
+            x = layer(x)
+            if index in self.taps:
+                found.append(x)
+        return found
+
+
+def load_vgg16(given: Path | None) -> VGG16:
+    """The network with the weights of ImageNet, from torchvision's file or one in the layout of LPIPS.
+
+    Raises:
+        UserError: there is no such file, or another one.
+    """
+    path = weight_file(given, option="vgg", what="VGG16", url=URL)
+    network = VGG16()
+    fill(network, vgg16_tensors(read_checkpoint(path)), path)
+    return network
+
+
+def vgg16_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The names of LPIPS, `net.slice1.0.weight`, as torchvision's, `features.0.weight`; those stay."""
+    found = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        of_lpips = parts[0] == "net" and len(parts) == 4
+        found[".".join(("features", *parts[2:])) if of_lpips else name] = tensor
+    return found
