@@ -136,19 +136,19 @@ class _Reader(NamedTuple):
     def _made(self, start: Position) -> Generator[_Made, None, None]:
         rows: list[tuple[Record, NDArray[np.uint8]]] = []
         left_out = self.left_out
-        left_out.count = start.undecodable
-        epoch = start.epoch if start.records else -1  # -1: none is under way
-        all_undecodable = False
+        left_out.count, epoch = start.undecodable, start.epoch
+        in_a_row = 0  # undecodable ones
         with closing(in_order(self._attempt, self._items(start), self.workers)) as results:
             for (position, record), result in results:
                 if position.epoch != epoch:
-                    if all_undecodable:
-                        raise self._nothing(left_out.count)
-                    epoch, left_out.count, all_undecodable = position.epoch, 0, True
+                    epoch, left_out.count = position.epoch, 0
                 if isinstance(result, UserError):
                     left_out.add(record.key, result)
+                    in_a_row += 1
+                    if in_a_row == len(self.dataset):
+                        raise self._nothing(left_out.count)
                     continue
-                all_undecodable = False
+                in_a_row = 0
                 rows.append((record, result))
                 if len(rows) == self.batch_size:
                     after = position._replace(undecodable=left_out.count)
