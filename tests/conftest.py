@@ -81,6 +81,12 @@ def smalti(tmp_path):
     return CommandLine(tmp_path)
 
 
+@pytest.fixture
+def undisturbed(tmp_path_factory):
+    """The command line in another folder, for what a test compares with."""
+    return CommandLine(tmp_path_factory.mktemp("undisturbed"))
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The folder of an undisturbed run of the shrunk quickstart. Tests copy from it and leave it as it is."""

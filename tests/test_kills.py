@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+import torch
 
 from smalti.core.run_folder import RunFolder
 
@@ -50,6 +51,57 @@ def test_twenty_kills(finished, smalti, shrunk, files):
     assert files(run.path) == files(finished)
     leftovers = [path for path in run.path.rglob(".*") if path.is_file()]
     assert leftovers == []
+
+
+def test_kills_against_a_discriminator(smalti, shrunk, undisturbed):
+    """With everything that has a state: adaptive weight, LeCam, R1, augmentation, warm-up, both optimizers, the EMA."""
+    adversarial = (
+        "{discriminator: {name: patchgan, width: 8, layers: 1}, start: 5, discriminator_start: 2, warmup_steps: 5, "
+        "adaptive: true, lecam: {}, r1: 0.1, augment: {blur_until: 10, blur_fade: 20}}"
+    )
+    validation = "{every: 25, images: 16, pictures: 4, best: {metric: ssim}}"
+    changes = (
+        *shrunk,
+        f"train.tokenizer.adversarial={adversarial}",
+        f"train.tokenizer.validation={validation}",
+        "train.tokenizer.checkpoint_every=7",
+    )
+    command = ("train", "tokenizer", "quickstart", *changes, "--out", "run")
+    undisturbed(*command)
+    path = smalti.folder / "run" / "state" / "train-tokenizer.pt"
+    source = random.Random(os.environ.get("SMALTI_KILL_SEED", "0"))
+    kills = 0
+    wanted = int(os.environ.get("SMALTI_ADVERSARIAL_KILLS", "3"))
+    run = RunFolder(smalti.folder / "run")
+    while kills < wanted:
+        if done(run, "train-tokenizer"):
+            shutil.rmtree(run.path)
+        launched = path.stat().st_mtime_ns if path.exists() else 0
+        process = smalti.start(*command)
+        # The next checkpoint tells that steps are being made; the kill comes at any time after it.
+        while not (path.exists() and path.stat().st_mtime_ns != launched):
+            if process.poll() is not None:
+                break
+            time.sleep(0.002)
+        time.sleep(source.uniform(0, 0.4))
+        alive = process.poll() is None
+        if alive:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if alive and not done(run, "train-tokenizer"):
+            kills += 1
+    smalti(*command)
+    names = ("models", "optimizers", "ema", "task", "validator", "ranks")
+    found, expected = (
+        torch.load(folder / path.relative_to(smalti.folder)) for folder in (smalti.folder, undisturbed.folder)
+    )
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, equal_nan=True)
+    assert "adversarial" in run.metrics("train-tokenizer")[-1]
+    for name in ("tokenizer", "tokenizer-best", "images", "metrics.jsonl"):
+        whole = undisturbed.folder / "run" / name
+        for file in [whole] if whole.is_file() else sorted(whole.iterdir()):
+            assert (run.path / file.relative_to(undisturbed.folder / "run")).read_bytes() == file.read_bytes(), file
 
 
 @pytest.mark.parametrize("stage", ["train-tokenizer", "train-generator"])

@@ -1,6 +1,10 @@
 """One process or two: the same tokens and samples, and replicas that never part."""
 
+import os
 import shutil
+import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from smalti.core.weights import read_tensors
 
 pytestmark = pytest.mark.slow
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+LOSSES = {"tokenizer": "l2", "generator": "cross_entropy"}
 # Batch normalisation in a discriminator follows each process's own batches, as DDP has it; nothing reads it.
 BATCH_STATISTICS = {"blocks.3.running_mean", "blocks.3.running_var"}
 
@@ -60,8 +65,43 @@ def test_replicas_end_with_equal_weights(smalti, shrunk):
     assert all(torch.equal(saved[name], first[name]) for name in saved)
 
 
-def test_going_on_with_another_number_of_processes_is_refused(finished, smalti, shrunk):
-    run = copy_without(finished, smalti.folder / "run", "sample", "evaluate")
-    run.record("train-generator", done=False)
-    _, stderr = smalti.two("train", "generator", "run", code=1)
-    assert "was written by 1 processes, this is 2: go on with as many" in stderr
+@pytest.mark.parametrize("stage", ["tokenizer", "generator"])
+def test_a_stage_goes_on_in_two_processes_and_then_in_one(smalti, shrunk, stage):
+    """Killed at its first checkpoint, then in two processes up to their first one, then in one to the end."""
+    long = (*shrunk, f"train.{stage}.steps=600")
+    run = RunFolder(smalti.folder / "run")
+    if stage == "generator":
+        smalti("train", "tokenizer", "quickstart", *long, "--out", "run")
+        smalti("tokenize", "quickstart", *long, "--out", "run")
+    path = run.state / f"train-{stage}.pt"
+    command = ("train", stage, "quickstart", *long, "--out", "run")
+    seen = []
+    for launcher in (("-m", "smalti"), (*TORCHRUN, "-m", "smalti")):
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        process = smalti.start(*command, launcher=launcher)
+        while not (path.exists() and path.stat().st_mtime_ns != before):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.002)
+        kill_all(process)
+        state = torch.load(path, weights_only=True)
+        seen.append((state["step"], len(state["ranks"])))
+    smalti(*command)
+    (first, one), (second, two) = seen
+    assert 0 < first < second < 600
+    assert (one, two) == (1, 2)
+    lines = run.metrics(f"train-{stage}")
+    assert [line["step"] for line in lines] == [*range(10, 601, 10)]
+    assert lines[-1][LOSSES[stage]] < lines[0][LOSSES[stage]]
+
+
+def kill_all(process):
+    """End it and what it started, which torchrun gives sessions of their own."""
+    children = [
+        int(child)
+        for task in Path(f"/proc/{process.pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+    for number in (process.pid, *children):
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+    process.communicate()

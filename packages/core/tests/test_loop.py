@@ -5,10 +5,12 @@ import pytest
 import torch
 from torch import nn
 
+from smalti.core import distributed
 from smalti.core.errors import UserError
 from smalti.core.layout import TokenLayout
 from smalti.core.progress import Reporter
 from smalti.core.run_folder import RunFolder
+from smalti.core.testing.processes import run_in_processes
 from smalti.core.training import loop
 from smalti.core.training.ema import EMA
 from smalti.core.training.loop import Task, train
@@ -42,13 +44,12 @@ class Pair(Task):
         torch.manual_seed(0)
         self.models = {"G": nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.2)), "D": nn.Linear(3, 1)}
         self.learning_rates = {"D": 1e-2}
-        self.fail_at = None
 
     def objectives(self, models, batch, step):
         (x,) = batch
         made = models["G"](x)
         value = (made - x).square().mean() - 0.1 * self.models["D"](made).mean().detach()
-        yield "G", {"fit": value * (float("nan") if step == self.fail_at else 1.0)}
+        yield "G", {"fit": value}
         yield "D", {"judge": models["D"](made.detach()).square().mean() - models["D"](x).mean()}
 
 
@@ -191,11 +192,174 @@ def test_ctrl_c_saves_at_the_end_of_the_step(context, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_loss_that_is_not_finite_ends_with_its_name_and_step(context):
-    task = Pair()
-    task.fail_at = 7
-    with pytest.raises(UserError, match=r"^test: the loss 'fit' is nan at step 7; lower the learning rate"):
-        run(context, options(), task)
+class Faulty(Pair):
+    """The discriminator normalises by batches; at some steps one of the losses goes wrong, or its gradient does."""
+
+    def __init__(self, fail_at=(), where="fit", rank=0):
+        super().__init__()
+        self.models["D"] = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
+        self.fail_at, self.where, self.rank = fail_at, where, rank
+        self.memory = 0.0
+        layout = TokenLayout.sequence(4, (8,))
+        self.health = TokenHealth(SimpleNamespace(layout=lambda: layout))
+
+    def state_dict(self):
+        return {"memory": self.memory}
+
+    def load_state_dict(self, state):
+        self.memory = state["memory"]
+
+    def objectives(self, models, batch, step):
+        fails = self.where if step in self.fail_at and distributed.rank() == self.rank else ""
+        self.memory += 1.0
+        (x,) = batch
+        self.health.update(torch.randint(8, (4, 4, 1)))
+        made = models["G"](x)
+        factor = float("nan") if fails == "fit" else 1.0
+        yield "G", {"fit": (made - x).square().mean() * factor}
+        real, fake = models["D"](x), models["D"](made.detach())
+        # The root of 0 is 0, its derivative is not finite.
+        root = ((fake - fake.detach()).sum()).sqrt() if fails == "gradient" else 0.0
+        yield "D", {"judge": fake.square().mean() - real.mean() + root}
+
+
+def everything(task):
+    """All tensors of a task's models, by name."""
+    return {
+        f"{name}.{key}": tensor.clone()
+        for name, model in task.models.items()
+        for key, tensor in model.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("where", "sentence"),
+    [
+        ("fit", "test: step 7 is skipped, the loss 'fit' is nan"),
+        ("gradient", "test: step 7 is skipped, the gradient of 'D' is nan"),
+    ],
+)
+def test_an_update_that_is_not_finite_changes_nothing(context, monkeypatch, where, sentence):
+    said, around = [], {}
+    monkeypatch.setattr(context.reporter, "say", said.append)
+    update = loop._Loop._update
+
+    def watched(self):
+        before = everything(self.task)
+        update(self)
+        around[self.step] = (before, everything(self.task), self.task.memory, self.ema.updates)
+
+    monkeypatch.setattr(loop._Loop, "_update", watched)
+    task = Faulty((7,), where)
+    run(context, options(), task)
+    assert said == [sentence]
+    before, after, memory, averaged = around[7]
+    assert memory == 7.0
+    # The first model has stepped already where the second one goes wrong.
+    kept = {name for name in before if not torch.equal(before[name], after[name])}
+    assert kept == (set() if where == "fit" else {name for name in before if name.startswith("G.")})
+    assert averaged == (7 if where == "fit" else 8)
+    assert all(torch.isfinite(tensor).all() for tensor in everything(task).values())
+    assert len(task.health.state_dict()["health"]["latest"][0]) == 4 * 4 * (11 if where == "fit" else 12)
+    lines = context.run.metrics("test")
+    assert [line.get("skipped") for line in lines] == [None, None, 1, None]
+    assert all(isinstance(line["fit"], float) for line in lines)
+
+
+def test_a_training_that_goes_wrong_for_good_ends(context, monkeypatch):
+    said = []
+    monkeypatch.setattr(context.reporter, "say", said.append)
+    task = Faulty(range(6, 100))
+    with pytest.raises(UserError) as raised:
+        run(context, options(steps=50, max_skipped=5), task)
+    path = context.run.state / "test.pt"
+    assert str(raised.value) == (
+        "test: 6 updates in a row were skipped, and then the loss 'fit' is nan at step 11; lower the learning rate or "
+        f"clip the gradient (what {path} holds is kept)"
+    )
+    assert len(said) == 5
+    assert torch.load(path, weights_only=True)["step"] == 5  # at step 10 nothing could be trusted
+
+
+def test_no_update_may_be_skipped(context):
+    with pytest.raises(UserError, match=r"^test: the loss 'fit' is nan at step 2; .* \(nothing was saved yet\)$"):
+        run(context, options(max_skipped=0), Faulty((2,)))
+
+
+def test_going_on_equals_never_stopping_around_skipped_updates(context, tmp_path, monkeypatch):
+    undisturbed, expected = run(context, options(), Faulty((4, 5)))
+    other = SimpleNamespace(**{**vars(context), "run": RunFolder(tmp_path / "other")})
+    other.run.state.mkdir(parents=True)
+    update = loop._Loop._update
+
+    def dying(self):
+        if self.step == 8:
+            raise KeyboardInterrupt
+        update(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "_update", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(other, options(), Faulty((4, 5)))
+    assert torch.load(other.run.state / "test.pt", weights_only=True)["step"] == 7  # 5 was due, but 4 was skipped
+    resumed, averaged = run(other, options(), Faulty((4, 5)))
+    found = everything(resumed)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in everything(undisturbed).items())
+    assert all(torch.equal(expected[name], averaged[name]) for name in expected)
+    assert other.run.metrics("test") == context.run.metrics("test")
+
+
+def faulty_replica(rank, folder):
+    """A training in one of two processes, of which the second goes wrong at step 3, and the first is told."""
+    run_folder = RunFolder(folder)
+    run_folder.state.mkdir(parents=True, exist_ok=True)
+    said = []
+    reporter = SimpleNamespace(say=said.append, progress=Reporter(quiet=True).progress)
+    context = SimpleNamespace(run=run_folder, recipe=SimpleNamespace(seed=1), device="cpu", reporter=reporter)
+    task = Faulty((3,), rank=1)
+    train(task, Numbers(), options(batch_size=8), stage="test", context=context)
+    return everything(task), said
+
+
+@pytest.mark.slow
+def test_all_processes_skip_together(tmp_path):
+    (first, said), (second, _) = run_in_processes(faulty_replica, str(tmp_path / "run"))
+    assert said == ["test: step 3 is skipped, the loss 'fit' is nan"]
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items() if "running" not in name)
+
+
+class Small(Task):
+    """A loss of which the gradients are below what float16 can hold, or far above."""
+
+    def __init__(self, factor):
+        torch.manual_seed(0)
+        self.models = {"G": nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))}
+        self.factor = factor
+
+    def objectives(self, models, batch, step):
+        yield "G", {"fit": self.factor * (models["G"](batch[0]) - 1).square().mean()}
+
+
+@pytest.mark.parametrize("factor", [1e-7, 1e3])
+def test_float16_scales_the_loss(context, factor):
+    seen = []
+    task, exact = Small(factor), Small(factor)
+    task.models["G"][0].register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    run(context, options(steps=20, schedule="constant", precision="float16", ema_decay=None), task)
+    assert set(seen) == {torch.float16}
+    skipped = sum(line.get("skipped", 0) for line in context.run.metrics("test"))
+    assert (skipped > 0) == (factor > 1)
+    scale = torch.load(context.run.state / "test.pt", weights_only=True)["scalers"]["G"]["scale"]
+    assert scale == 2.0 ** (16 - skipped)
+    steps = options(steps=20 - skipped, schedule="constant", ema_decay=None)
+    later = Numbers()
+    later.position = skipped
+    train(exact, later, steps, stage="exact", context=context)
+    start = Small(factor).models["G"][0].weight
+    for layer, other in zip(task.models["G"], exact.models["G"], strict=True):
+        assert layer.weight.dtype == torch.float32
+        torch.testing.assert_close(layer.weight, other.weight, atol=0.02, rtol=0)
+    assert bool(((task.models["G"][0].weight - start).abs() > 0.05).any())
 
 
 def test_a_damaged_checkpoint(context):

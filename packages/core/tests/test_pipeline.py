@@ -112,3 +112,36 @@ def test_bad_input_is_one_line(smalti, recipe, content, change, sentence):
 def written(recipe):
     """Every test finds toy.yaml in its folder."""
     return recipe
+
+
+ONLY_THE_TOKENIZER = ("generator=null", "train.generator=null", "tokenize=null", "sample=null", "evaluate=null")
+
+
+def test_a_recipe_that_ends_with_the_tokenizer(smalti, tmp_path):
+    smalti("run", "toy.yaml", *ONLY_THE_TOKENIZER, "--out", "run", check=True)
+    assert files(tmp_path / "run").keys() >= {"tokenizer/model.safetensors", "recipe.yaml"}
+    assert not (tmp_path / "run" / "generator").exists()
+    done = smalti("sample", "run")
+    assert done.returncode == 2
+    assert done.stderr == "smalti: the recipe has no section for 'sample'; its stages are train-tokenizer\n"
+    done = smalti("run", "toy.yaml", *ONLY_THE_TOKENIZER[:-1], "--out", "other")
+    assert done.returncode == 2
+    assert "for which the recipe has no section; its stages before that are train-tokenizer" in done.stderr
+
+
+def test_a_shrunken_copy(smalti, tmp_path):
+    changes = ("train.tokenizer.losses=[{name: l1},{name: lpips}]", "tokenizer.preprocessing.image_size=16")
+    done = smalti("train", "tokenizer", "toy.yaml", *changes, "--shrink", check=True)
+    assert "shrunk: VGG16 is random" in done.stderr
+    run = tmp_path / "runs" / "toy-shrunk"
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert (recipe["name"], recipe["train"]["tokenizer"]["steps"]) == ("toy-shrunk", 4)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1]["lpips"] > 0
+
+
+def test_recipes_are_listed_and_printed(smalti):
+    listed = smalti("recipes", check=True).stdout
+    assert "llamagen-vq-ds16" in listed
+    assert "rFID 2.19, rFID at 384 0.94, rFID at 512 0.7, PSNR 20.79; checkpoint llamagen-vq-ds16" in listed

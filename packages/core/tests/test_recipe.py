@@ -1,9 +1,11 @@
+from pathlib import Path
+
 import pytest
 import yaml
 
 from smalti.core.errors import UserError
 from smalti.core.overrides import differences
-from smalti.core.recipe import dump_recipe, load_recipe
+from smalti.core.recipe import dump_recipe, load_recipe, merged
 
 
 def told(*arguments, **options) -> str:
@@ -83,3 +85,58 @@ def test_differences():
         "f: None there, 1 asked for",
     ]
     assert differences(old, old) == []
+
+
+@pytest.fixture
+def table(tmp_path, content) -> Path:
+    """Two recipes that differ in their quantizer."""
+    del content["name"]
+    content["variants"] = {
+        "two": {"summary": "two bits", "tokenizer": {"quantizer": {"dim": 2}}},
+        "four": {"checkpoint": "llamagen-vq-ds16"},
+    }
+    path = tmp_path / "table.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_table_of_recipes(table):
+    two, four = (load_recipe(f"{table}:{name}") for name in ("two", "four"))
+    assert (two.name, two.summary, two.tokenizer.quantizer.dim) == ("two", "two bits", 2)
+    assert (four.name, four.summary, four.tokenizer.quantizer.dim) == ("four", "for tests", 4)
+    assert four.tokenizer.encoder == two.tokenizer.encoder
+    assert four.figures["PSNR"] == 20.79
+    assert load_recipe(f"{table}:four", ["figures.PSNR=1"]).figures == {"PSNR": 1}
+    assert told(table) == f"{table} holds several recipes: name one as {table}:NAME, of four, two"
+    assert told(f"{table}:five").startswith(f"{table} holds several recipes")
+    assert told(f"{table}:two", ["tokenizer.quantizer.dims=3"]).startswith("recipe two: tokenizer.quantizer.dims: ")
+    assert told(f"{table}:two", ["checkpoint=llamagen"]).startswith("no model 'llamagen' in the zoo")
+
+
+def test_variants_that_change_nothing_we_can_read(table):
+    table.write_text("variants: [one, two]")
+    assert told(f"{table}:one") == f"{table} is not a table of recipes: variants should map names to what they change"
+
+
+def test_merged():
+    old = {"a": {"name": "x", "b": 1, "c": [1, 2]}, "d": 1}
+    assert merged(old, {"a": {"b": 2}}) == {"a": {"name": "x", "b": 2, "c": [1, 2]}, "d": 1}
+    assert merged(old, {"a": {"name": "x", "c": [3]}})["a"] == {"name": "x", "b": 1, "c": [3]}
+    assert merged(old, {"a": {"name": "y"}}) == {"a": {"name": "y"}, "d": 1}
+    assert merged(old, {"a": None, "e": 1}) == {"a": None, "d": 1, "e": 1}
+
+
+def test_a_recipe_that_ends_with_the_tokenizer(recipe):
+    loaded = load_recipe(recipe, ["generator=null", "train.generator=null", "tokenize=null", "sample=null"])
+    assert loaded.section("train.generator") is None
+    assert loaded.section("generator.name") is None
+    assert told(recipe, ["generator=null"]).endswith(
+        "generator and train.generator belong together: give both or neither"
+    )
+
+
+def test_a_generator_brings_the_sections_that_it_needs(recipe, content):
+    del content["tokenize"], content["sample"]
+    recipe.write_text(yaml.safe_dump(content))
+    assert load_recipe(recipe).tokenize.shard_size == 10_000
+    assert load_recipe(recipe).sample.count == 50_000

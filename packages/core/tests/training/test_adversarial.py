@@ -245,3 +245,22 @@ def test_the_blur_fades():
     image = torch.randn(1, 1, 32, 32)
     spread = [blurred(image, strength).std() for strength in (0.0, 0.3, 1.0)]
     assert spread[0] > 2 * spread[1] > 4 * spread[2]
+
+
+def test_in_float16_small_gradients_count_by_scaling():
+    weight = torch.ones(4, requires_grad=True)
+    half = weight.half()  # the gradient passes through float16, where 1e-8 is 0
+    reference, adversarial = ((half.float() * factor).sum() for factor in (1e-8, 4e-8))
+    assert float(adaptive_weight(reference, adversarial, weight, 1e4)) < 1e-6
+    ratio = adaptive_weight(reference, adversarial, weight, 1e4, scale=2.0**16)
+    torch.testing.assert_close(float(ratio), 2e-8 / (8e-8 + 1e-4), rtol=2e-3, atol=0)
+    # Beyond what float16 can hold the guard holds.
+    assert float(adaptive_weight(1e3 * reference, 1e9 * adversarial, weight, 1e4, scale=2.0**16)) == 0.0
+
+
+def test_the_gradient_penalty_in_float16_by_scaling():
+    images = torch.ones(2, 1, 2, 2, requires_grad=True)
+    exact = gradient_penalty((images * 1e-8).sum((1, 2, 3)), images)
+    logits = (images.half().float() * 1e-8).sum((1, 2, 3))
+    assert float(gradient_penalty(logits, images)) == 0.0
+    torch.testing.assert_close(gradient_penalty(logits, images, 2.0**16), exact, rtol=5e-3, atol=0)

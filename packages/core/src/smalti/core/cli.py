@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,12 @@ from smalti.core.data_commands import add_data_commands
 from smalti.core.errors import UserError
 from smalti.core.model_commands import add_model_commands
 from smalti.core.plugins import PluginWarning, registry
+from smalti.core.probe_command import add_probe_command
+
+if TYPE_CHECKING:
+    from smalti.core.progress import Reporter
+    from smalti.core.recipe import Recipe
+    from smalti.core.run_folder import RunFolder
 
 app = typer.Typer(
     name="smalti",
@@ -28,7 +34,10 @@ app.add_typer(train, name="train")
 
 RecipeArgument = Annotated[
     str,
-    typer.Argument(metavar="RECIPE", help="A name that `smalti recipes` lists, a YAML file, or a run folder."),
+    typer.Argument(
+        metavar="RECIPE",
+        help="A name that `smalti recipes` lists, a YAML file (FILE:NAME of a table), or a run folder.",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[PATH=VALUE]...", help="Options of the recipe, by dotted path.")
@@ -37,6 +46,9 @@ Out = Annotated[Path | None, typer.Option(help="The run folder.", show_default="
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Seed = Annotated[int | None, typer.Option(help="The recipe's seed.", show_default="the recipe's")]
 Force = Annotated[bool, typer.Option("--force", help="Redo what depends on a changed recipe.")]
+Shrink = Annotated[
+    bool, typer.Option("--shrink", help="Run a tiny copy of the recipe, with all its losses, in seconds on a CPU.")
+]
 
 
 @app.callback()
@@ -57,8 +69,9 @@ def _add_command(group: typer.Typer, name: str, summary: str, stage: str | None 
         device: Device = "auto",
         seed: Seed = None,
         force: Force = False,
+        shrink: Shrink = False,
     ) -> None:
-        _run(recipe, overrides, out, device, seed, force=force, stage=stage)
+        _run(recipe, overrides, out, device, seed, force=force, shrink=shrink, stage=stage)
 
     group.command(name, help=summary)(command)
 
@@ -88,17 +101,24 @@ def quickstart(
 
 
 @app.command()
-def recipes() -> None:
-    """List the recipes that are installed."""
-    import yaml
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one as YAML, with all that it leaves unsaid.")] = None,
+) -> None:
+    """List the recipes that are installed, with what their sources publish."""
+    from smalti.core.recipe import dump_recipe, load_recipe, published, read_recipes, shipped_recipes
 
-    from smalti.core.recipe import shipped_recipes
-
-    for path in shipped_recipes():
-        content = yaml.safe_load(path.read_text())
-        typer.echo(
-            f"{path.stem:24} {content['summary']}" + (f" ({source})" if (source := content.get("source")) else "")
-        )
+    if name is not None:
+        typer.echo(dump_recipe(load_recipe(name)), nl=False)
+        return
+    shipped = shipped_recipes()
+    contents = {path: read_recipes(path) for path in set(shipped.values())}
+    for known, path in shipped.items():
+        content = published(contents[path].get(known) or contents[path][""])
+        typer.echo(f"{known:36} {content['summary']}" + (f" ({source})" if (source := content.get("source")) else ""))
+        figures = ", ".join(f"{figure} {value:g}" for figure, value in (content.get("figures") or {}).items())
+        facts = [figures, f"checkpoint {content['checkpoint']}" if content.get("checkpoint") else ""]
+        if any(facts):
+            typer.echo(f"{'':36} {'; '.join(fact for fact in facts if fact)}")
 
 
 @app.command()
@@ -144,6 +164,7 @@ def plugins(
 
 add_model_commands(app)
 add_data_commands(app)
+add_probe_command(app)
 
 
 def _run(
@@ -154,11 +175,12 @@ def _run(
     seed: int | None,
     *,
     force: bool,
+    shrink: bool = False,
     stage: str | None = None,
 ) -> Path | None:
     """Run one stage of a recipe, or all of them; return the run folder, on the first process only."""
     try:
-        return _run_stages(source, overrides, out, device, seed, force=force, stage=stage)
+        return _run_stages(source, overrides, out, device, seed, force=force, shrink=shrink, stage=stage)
     except KeyboardInterrupt:
         print("smalti: interrupted; the same command goes on from here", file=sys.stderr)  # noqa: T201
         raise typer.Exit(130) from None
@@ -172,6 +194,7 @@ def _run_stages(
     seed: int | None,
     *,
     force: bool,
+    shrink: bool,
     stage: str | None,
 ) -> Path | None:
     from smalti.core.recipe import load_recipe
@@ -180,7 +203,7 @@ def _run_stages(
     changes = [*(overrides or []), *([] if seed is None else [f"seed={seed}"])]
     recipe = load_recipe(source, changes)
     if out is None:
-        out = Path(source) if Path(source).is_dir() else Path("runs") / recipe.name
+        out = Path(source) if Path(source).is_dir() else Path("runs") / (recipe.name + ("-shrunk" if shrink else ""))
     folder = RunFolder(out)
 
     from smalti.core import distributed
@@ -193,14 +216,29 @@ def _run_stages(
     try:
         first = distributed.rank() == 0
         with folder.locked(first=first):
+            reporter = Reporter(quiet=not first)
+            if shrink:
+                recipe = _shrunk(recipe, folder, reporter)
             if first:
                 folder.prepare(recipe, force=force)
             distributed.barrier()
-            context = Context(folder, recipe, device, Reporter(quiet=not first))
+            context = Context(folder, recipe, device, reporter)
             Pipeline(context).run([stage] if stage else None)
         return out if first else None
     finally:
         distributed.finish()
+
+
+def _shrunk(recipe: Recipe, folder: RunFolder, reporter: Reporter) -> Recipe:
+    """The tiny copy; the first process writes the files of random weights that it needs, the others find them."""
+    from smalti.core import distributed
+    from smalti.core.shrink import shrunk
+
+    for rank in (0, 1):
+        if min(distributed.rank(), 1) == rank:
+            recipe_of_rank = shrunk(recipe, folder.state / "random", reporter.say)
+        distributed.barrier()
+    return recipe_of_rank
 
 
 def main() -> None:

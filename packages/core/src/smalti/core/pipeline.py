@@ -23,7 +23,7 @@ COMMANDS = {
 
 
 class Pipeline:
-    """The stages of one run."""
+    """The stages of one run: those whose sections the recipe has."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -35,10 +35,21 @@ class Pipeline:
         ]
         if context.recipe.evaluate is not None:
             stages.append(context.recipe.evaluate.build(context))
-        self.stages = {stage.name: stage for stage in stages}
+        self.stages: dict[str, Stage] = {}
         self.fingerprints: dict[str, str] = {}
         for stage in stages:
-            self.fingerprints[stage.name] = self._fingerprint(stage)
+            if all(context.recipe.section(path) is not None for path in stage.sections):
+                self._add(stage)
+
+    def _add(self, stage: Stage) -> None:
+        missing = [name for name in stage.after if name not in self.stages]
+        if missing:
+            raise UserError(
+                f"{stage.name} needs {missing[0]}, for which the recipe has no section; its stages before that are "
+                f"{', '.join(self.stages)}"
+            )
+        self.stages[stage.name] = stage
+        self.fingerprints[stage.name] = self._fingerprint(stage)
 
     def _fingerprint(self, stage: Stage) -> str:
         """Of all that the stage's output depends on: its parts of the recipe, and the stages before it."""

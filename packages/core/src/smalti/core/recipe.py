@@ -1,15 +1,30 @@
-"""Recipes: one YAML file that says everything a run does."""
+"""Recipes: one YAML file that says everything a run does, or a table of runs that differ in a few options.
+
+A file is a recipe, with a `name`, or a table: what all its recipes share, and under `variants` what each one changes.
+Mappings are merged key by key; anything else takes the place of what the table has, and so does a component of
+another name:
+
+    summary: VQ-VAE
+    tokenizer: {name: composed, quantizer: {name: vq, dim: 64, codebook_size: 512}, ...}
+    variants:
+      vqvae-512: {}
+      vqvae-1024: {summary: VQ-VAE with more codes, tokenizer: {quantizer: {codebook_size: 1024}}}
+      fsqvae-512: {summary: FSQ, tokenizer: {quantizer: {name: fsq, levels: [8, 8, 8]}}}
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
+from smalti.core.checkpoints.zoo import zoo_model
+from smalti.core.data.augmentation import Augmentation
 from smalti.core.errors import UserError
 from smalti.core.options import (
     DatasetOptions,
@@ -34,19 +49,26 @@ class DataSection(Options):
     Args:
         train: for training.
         validation: for judging.
+        augment: what chance does to the tokenizer's training images; None fits them as its preprocessing does.
         max_undecodable: images that may be damaged, by pass over the data, before a stage gives up.
     """
 
     train: Annotated[DatasetOptions, Slot("dataset")]
     validation: Annotated[DatasetOptions, Slot("dataset")]
+    augment: Augmentation | None = None
     max_undecodable: Annotated[int, Field(ge=0)] = 100
 
 
 class TrainSection(Options):
-    """How the two models are trained."""
+    """How the two models are trained.
+
+    Args:
+        tokenizer: always.
+        generator: None where the recipe ends with the tokenizer.
+    """
 
     tokenizer: TokenizerTraining
-    generator: GeneratorTraining
+    generator: GeneratorTraining | None = None
 
 
 class TokenizeSection(Options):
@@ -78,34 +100,53 @@ class SampleSection(SamplingSettings):
 
 
 class Recipe(Options):
-    """A run from images to evaluated samples.
+    """A run from images to evaluated samples, or to a tokenizer only.
 
     Args:
         name: of the recipe.
         summary: one line for `smalti recipes`.
         source: paper or project that it reproduces.
-        figures: what the source publishes, by name.
+        checkpoint: the model in the zoo that the source trained with it.
+        figures: what the source publishes, by name; None takes those of `checkpoint`.
         seed: of everything random in the run.
+        tokenize: None makes no token shards; with a generator it is there by default.
+        sample: None draws no images; with a generator it is there by default.
+        evaluate: None measures nothing.
     """
 
     name: str
     summary: str
     source: str = ""
-    figures: dict[str, float] = Field(default_factory=dict)
+    checkpoint: str | None = None
+    figures: dict[str, float] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     data: DataSection
     tokenizer: Annotated[TokenizerOptions, Slot("tokenizer")]
-    generator: Annotated[GeneratorOptions, Slot("generator")]
+    generator: Annotated[GeneratorOptions, Slot("generator")] | None = None
     train: TrainSection
-    tokenize: TokenizeSection = TokenizeSection()
-    sample: SampleSection = SampleSection()
+    tokenize: TokenizeSection | None = None
+    sample: SampleSection | None = None
     evaluate: Annotated[StageOptions, Slot("stage", "evaluate")] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in(cls, content: Any) -> Any:
+        """The sections that a generator brings."""
+        if not isinstance(content, dict) or content.get("generator") is None:
+            return content
+        return {"tokenize": {}, "sample": {}, **content}
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.generator is None) != (self.train.generator is None):
+            raise PydanticCustomError("missing", "generator and train.generator belong together: give both or neither")
+        return self
+
     def section(self, path: str) -> Any:
-        """The part at a dotted path, as plain data."""
+        """The part at a dotted path, as plain data; None where the recipe has none."""
         value: Any = self.model_dump(mode="json")
         for key in path.split("."):
-            value = value[key]
+            value = None if value is None else value[key]
         return value
 
 
@@ -113,52 +154,105 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe by name, by path, or out of a run folder, with dotted overrides.
 
     Args:
-        source: a name that `smalti recipes` lists, a YAML file, or a folder with `recipe.yaml`.
+        source: a name that `smalti recipes` lists, a YAML file, `file.yaml:name` for one of a table, or a folder with
+            `recipe.yaml`.
         overrides: `tokenizer.quantizer.codebook_size=1024`; values are YAML.
 
     Raises:
         UserError: nothing of that name; unreadable YAML; a wrong option, with its dotted path.
     """
-    path = find_recipe(source)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a recipe: expected a mapping with data, tokenizer, generator, ...")
+    path, name = find_recipe(source)
+    content = read_recipes(path)[name]
     for override in overrides:
         apply_override(content, override)
     try:
-        return Recipe.model_validate(content)
+        return Recipe.model_validate(published(content))
     except ValidationError as error:
-        raise UserError(f"recipe {path.stem if path.stem != 'recipe' else path}: {sentences(error)}") from None
+        told = path if path.stem == "recipe" else path.stem if name in ("", path.stem) else name
+        raise UserError(f"recipe {told}: {sentences(error)}") from None
 
 
-def find_recipe(source: str | Path) -> Path:
-    """The YAML file of a recipe given by name, path or run folder."""
+def find_recipe(source: str | Path) -> tuple[Path, str]:
+    """The YAML file of a recipe given by name, path or run folder, and the recipe's key in `read_recipes` of it."""
     path = Path(source)
     if path.is_dir():
         if not (path / "recipe.yaml").exists():
             raise UserError(f"{path} is not a run folder: it has no recipe.yaml")
-        return path / "recipe.yaml"
-    if path.is_file():
-        return path
-    named = {found.stem: found for found in shipped_recipes()}
+        return path / "recipe.yaml", ""
+    file, _, name = str(source).rpartition(":")
+    for candidate, wanted in ((path, ""), (Path(file), name)):
+        if str(candidate) != "." and candidate.is_file():
+            return candidate, _one_of(candidate, wanted)
+    named = shipped_recipes()
     if str(source) in named:
-        return named[str(source)]
+        path = named[str(source)]
+        return path, _one_of(path, str(source))
     close = difflib.get_close_matches(str(source), named, n=1)
     raise UserError(
-        f"no recipe {str(source)!r}: it is neither a file nor one of {', '.join(sorted(named)) or '(none)'}"
+        f"no recipe {str(source)!r}: it is neither a file nor one of those that `smalti recipes` lists"
         + (f"; did you mean {close[0]!r}?" if close else "")
     )
 
 
-def shipped_recipes() -> Iterator[Path]:
-    """The YAML files that plugins bring (kind `recipes`: a module whose folder holds them)."""
-    for name in registry().names("recipes"):
-        module = registry().load("recipes", name)
-        for folder in module.__path__:
-            yield from sorted(Path(folder).glob("*.yaml"))
+def read_recipes(path: Path) -> dict[str, Data]:
+    """The recipes of a YAML file as plain data, by name; by "" the one of a file that is no table.
+
+    Raises:
+        UserError: the file is no YAML, or none of a recipe.
+    """
+    try:
+        content = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a recipe: expected a mapping with data, tokenizer, train, ...")
+    if "variants" not in content:
+        return {"": content}
+    shared = {key: value for key, value in content.items() if key != "variants"}
+    variants = content["variants"]
+    if not isinstance(variants, dict) or not all(isinstance(changes, dict) for changes in variants.values()):
+        raise UserError(f"{path} is not a table of recipes: variants should map names to what they change")
+    return {name: {"name": name, **merged(shared, changes)} for name, changes in variants.items()}
+
+
+def merged(old: Any, changes: Any) -> Any:
+    """Plain data with changes: mappings key by key, unless they are components of different names."""
+    if not isinstance(old, dict) or not isinstance(changes, dict):
+        return changes
+    if changes.get("name", old.get("name")) != old.get("name"):
+        return changes
+    return {**old, **{key: merged(old.get(key), value) for key, value in changes.items()}}
+
+
+def published(content: Data) -> Data:
+    """Plain data of a recipe with the figures of its checkpoint, unless it has figures of its own.
+
+    Raises:
+        UserError: the zoo has no such checkpoint.
+    """
+    if content.get("checkpoint") is None or content.get("figures") is not None:
+        return content
+    figures = zoo_model(str(content["checkpoint"])).figures
+    return {**content, "figures": {figure.name: figure.value for figure in figures}}
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that plugins bring (kind `recipes`: a module whose folder holds their files), with their files."""
+    found = {}
+    for plugin in registry().names("recipes"):
+        for folder in registry().load("recipes", plugin).__path__:
+            for path in sorted(Path(folder).glob("*.yaml")):
+                found.update({name or path.stem: path for name in read_recipes(path)})
+    return found
+
+
+def _one_of(path: Path, name: str) -> str:
+    names = list(read_recipes(path))
+    if names == [""]:
+        return ""
+    if name not in names:
+        raise UserError(f"{path} holds several recipes: name one as {path}:NAME, of {', '.join(names)}")
+    return name
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -18,6 +18,7 @@ from smalti.core.data.images import save_grid, to_uint8
 from smalti.core.errors import UserError
 from smalti.core.files import atomic_write, read_json, write_bytes
 from smalti.core.noise import mixed_seed
+from smalti.core.recipe import SampleSection
 from smalti.core.sampling_settings import SamplingSettings
 from smalti.core.stage import Stage
 from smalti.core.weights import fingerprint
@@ -37,9 +38,16 @@ class Sample(Stage):
     after = ("train-generator",)
     outputs = ("samples",)
 
+    @property
+    def options(self) -> SampleSection:
+        """How many images, and how."""
+        options = self.context.recipe.sample
+        assert options is not None, "the pipeline leaves this stage out"
+        return options
+
     def run(self) -> None:
         """Draw the chunks that are missing, then join them."""
-        context, options = self.context, self.context.recipe.sample
+        context, options = self.context, self.options
         tokenizer = Tokenizer.from_pretrained(context.run / "tokenizer").to(context.device)
         generator = Generator.from_pretrained(context.run / "generator").to(context.device)
         self._check_pair(tokenizer)
@@ -76,12 +84,12 @@ class Sample(Stage):
         return self.context.run / "samples" / "chunks" / f"{chunk:06d}.npy"
 
     def _indices(self, chunk: int) -> torch.Tensor:
-        options = self.context.recipe.sample
+        options = self.options
         start = chunk * options.batch_size
         return torch.arange(start, min(start + options.batch_size, options.count))
 
     def _join(self, classes: int) -> None:
-        options = self.context.recipe.sample
+        options = self.options
         chunks = [self._chunk(chunk) for chunk in range(-(-options.count // options.batch_size))]
         first = np.load(chunks[0], mmap_mode="r")
         folder = self.context.run / "samples"

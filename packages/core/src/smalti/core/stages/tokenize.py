@@ -14,6 +14,7 @@ from smalti.core.data.dataset import ImageDataset
 from smalti.core.data.loader import read_images
 from smalti.core.data.tar_shards import read_shard
 from smalti.core.data.token_shards import ShardEntry, TokenManifest, shard_name, write_manifest, write_token_shard
+from smalti.core.recipe import TokenizeSection
 from smalti.core.stage import Stage
 from smalti.core.weights import fingerprint
 
@@ -30,9 +31,16 @@ class Tokenize(Stage):
     after = ("train-tokenizer",)
     outputs = ("tokens",)
 
+    @property
+    def options(self) -> TokenizeSection:
+        """How the shards are made."""
+        options = self.context.recipe.tokenize
+        assert options is not None, "the pipeline leaves this stage out"
+        return options
+
     def run(self) -> None:
         """Make the shards that are missing, then the layout file."""
-        context, size = self.context, self.context.recipe.tokenize.shard_size
+        context, size = self.context, self.options.shard_size
         tokenizer = Tokenizer.from_pretrained(context.run / "tokenizer").to(context.device)
         dataset = context.recipe.data.train.build()
         paths = [context.run / "tokens" / shard_name(shard) for shard in range(-(-len(dataset) // size))]
@@ -52,7 +60,7 @@ class Tokenize(Stage):
     def _make(
         self, path: Path, tokenizer: Tokenizer, dataset: ImageDataset, start: int, advance: Callable[[int], None]
     ) -> None:
-        recipe, options = self.context.recipe, self.context.recipe.tokenize
+        recipe, options = self.context.recipe, self.options
         keys: list[str] = []
         labels: list[int] = []
         tokens = []
@@ -88,7 +96,7 @@ class Tokenize(Stage):
             tokenizer=fingerprint(tokenizer, tokenizer.config()),
             dataset=dataset.name,
             samples=sum(entry.samples for entry in entries),
-            views=("original", "flip") if self.context.recipe.tokenize.flip else ("original",),
+            views=("original", "flip") if self.options.flip else ("original",),
             shards=entries,
         )
         write_manifest(paths[0].parent, manifest)

@@ -28,6 +28,8 @@ class TrainGenerator(Stage):
         """Train, from the last checkpoint if there is one."""
         context, recipe = self.context, self.context.recipe
         options = recipe.train.generator
+        assert recipe.generator is not None, "the pipeline leaves this stage out"
+        assert options is not None
         tokenizer = Tokenizer.from_pretrained(context.run / "tokenizer")
         tokens = read_token_shards(context.run / "tokens")
         tokens.check_tokenizer(fingerprint(tokenizer, tokenizer.config()))

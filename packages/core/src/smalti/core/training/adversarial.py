@@ -36,13 +36,16 @@ def discriminator_loss(real: Tensor, generated: Tensor, objective: Literal["hing
     return 0.5 * (F.softplus(-real).mean() + F.softplus(generated).mean())
 
 
-def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
-    """R1, half the mean squared norm of the gradient of logits at real images (Mescheder et al. 2018, equation 9)."""
-    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
-    return 0.5 * gradient.float().square().flatten(1).sum(1).mean()
+def gradient_penalty(logits: Tensor, images: Tensor, scale: float = 1.0) -> Tensor:
+    """R1, half the mean squared norm of the gradient of logits at real images (Mescheder et al. 2018, equation 9).
+
+    Logits are multiplied by `scale` on their way back, so that gradients in float16 do not become 0.
+    """
+    (gradient,) = torch.autograd.grad(scale * logits.sum(), images, create_graph=True)
+    return 0.5 * (gradient.float() / scale).square().flatten(1).sum(1).mean()
 
 
-def adaptive_weight(reference: Tensor, adversarial: Tensor, weight: Tensor, limit: float) -> Tensor:
+def adaptive_weight(reference: Tensor, adversarial: Tensor, weight: Tensor, limit: float, scale: float = 1.0) -> Tensor:
     """The ratio of the gradients' norms at `weight`, `|d reference| / (|d adversarial| + 1e-4)` (VQGAN, equation 7).
 
     Norms are taken in float32. A gradient that left the range of half precision makes the ratio 0: better no
@@ -53,6 +56,7 @@ def adaptive_weight(reference: Tensor, adversarial: Tensor, weight: Tensor, limi
         adversarial: the generator's term.
         weight: of the decoder's last layer.
         limit: of the ratio.
+        scale: of both values on their way back, so that gradients in float16 do not become 0.
 
     Returns:
         A scalar without gradient, in [0, limit].
@@ -62,13 +66,13 @@ def adaptive_weight(reference: Tensor, adversarial: Tensor, weight: Tensor, limi
     """
     norms = []
     for value in (reference, adversarial):
-        (gradient,) = torch.autograd.grad(value, weight, retain_graph=True, allow_unused=True)
+        (gradient,) = torch.autograd.grad(scale * value, weight, retain_graph=True, allow_unused=True)
         if gradient is None:
             raise UserError(
                 "adaptive: the losses do not depend on what was found to be the decoder's last layer, of shape "
                 f"{tuple(weight.shape)}; give the decoder an attribute last_weight"
             )
-        norms.append(gradient.float().norm())
+        norms.append(gradient.float().norm() / scale)
     ratio = norms[0] / (norms[1] + ADAPTIVE_EPSILON)
     return torch.where(torch.isfinite(ratio), ratio, 0.0).clamp(0.0, limit).detach()
 
@@ -126,6 +130,9 @@ class Adversary:
         options: of the adversarial term.
         discriminator: the network itself, not what data-parallel training wraps around it.
         weight: of the decoder's last layer, for the adaptive weight.
+
+    Attributes:
+        loss_scale: what losses are multiplied by before they go back.
     """
 
     def __init__(self, options: Adversarial, discriminator: nn.Module, weight: nn.Parameter | None) -> None:
@@ -133,6 +140,7 @@ class Adversary:
         self.discriminator = discriminator
         self.weight = weight
         self.lecam = LeCamRegularization(options.lecam) if options.lecam is not None else None
+        self.loss_scale = 1.0
 
     def generator_term(self, images: Tensor, reference: Tensor, step: int) -> Tensor:
         """The weighted term of reconstructions `(B, C, H, W)`; `reference` is the sum of their other losses."""
@@ -141,7 +149,7 @@ class Adversary:
         )
         if self.weight is None:
             return self.options.weight * term
-        ratio = adaptive_weight(reference, term, self.weight, self.options.adaptive_limit)
+        ratio = adaptive_weight(reference, term, self.weight, self.options.adaptive_limit, self.loss_scale)
         return self.options.weight * ratio * term
 
     def discriminator_terms(
@@ -164,7 +172,7 @@ class Adversary:
         if self.lecam is not None:
             terms["lecam"] = self.lecam.options.weight * self.lecam(real, generated)
         if options.r1 is not None:
-            terms["r1"] = options.r1 * gradient_penalty(real, images)
+            terms["r1"] = options.r1 * gradient_penalty(real, images, self.loss_scale)
         if options.discriminator_weight == 1.0:
             return terms
         return {name: options.discriminator_weight * term for name, term in terms.items()}

@@ -1,89 +1,40 @@
 """The training loop: one for every model, on one process or many, resumable at any moment.
 
-Accelerate gives device placement, DDP, mixed precision and gradient accumulation. All randomness of a step
-comes from (seed, stage, step, rank), so that a run that was killed goes on as if it had not been.
+Accelerate gives device placement, DDP and gradient accumulation. All randomness of a step comes from (seed, stage,
+step, rank), so that a run that was killed goes on as if it had not been.
 """
 
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Protocol
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, convert_outputs_to_fp32
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from smalti.core import distributed
 from smalti.core.errors import UserError
 from smalti.core.noise import mixed_seed
 from smalti.core.stage import Context
-from smalti.core.training.checkpoint import load_state, save_state
+from smalti.core.training.activations import checkpoint_activations
+from smalti.core.training.checkpoint import load_state, own_state, save_state
 from smalti.core.training.ema import EMA
+from smalti.core.training.interruption import interruption
 from smalti.core.training.optimizer import build_optimizer, set_rates
 from smalti.core.training.options import Optimization
 from smalti.core.training.schedule import multiplier
-from smalti.core.training.token_health import TokenHealth
+from smalti.core.training.statistics import Statistics
+from smalti.core.training.task import Batches, Objective, Task
+from smalti.core.training.trackers import Trackers, check_installed
 
-Objective = tuple[str | tuple[str, ...], dict[str, Tensor]]
-
-
-class Batches(Protocol):
-    """An endless stream of this process's batches that can tell and take its position."""
-
-    def __next__(self) -> Any:
-        """The next batch, a tuple with tensors."""
-
-    def state_dict(self) -> dict[str, int]:
-        """The position: which batch comes next."""
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a position."""
-
-
-class Task(ABC):
-    """What is trained.
-
-    Attributes:
-        models: networks by name, each with an optimizer of its own; the first is the one that is kept and
-            averaged.
-        learning_rates: for models whose rate is not the optimization's.
-        first_steps: for models that begin to train later; their schedules begin there.
-        health: of the tokens it sees, told beside the losses.
-    """
-
-    models: dict[str, nn.Module]
-    learning_rates: Mapping[str, float] = {}
-    first_steps: Mapping[str, int] = {}
-    health: TokenHealth | None = None
-
-    def optimization(self, name: str, shared: Optimization) -> Optimization:
-        """How the model `name` is trained, where that is not how all are."""
-        rate = self.learning_rates.get(name)
-        return shared if rate is None else shared.model_copy(update={"learning_rate": rate})
-
-    def state_dict(self) -> dict[str, Any]:
-        """What is needed to go on beside the models, as tensors and plain data, equal on all processes."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`."""
-        del state
-
-    @abstractmethod
-    def objectives(self, models: Mapping[str, nn.Module], batch: Any, step: int) -> Iterator[Objective]:
-        """Yield, one after the other, whose optimizers step and the weighted terms they minimise.
-
-        `models` are `self.models` as the loop wrapped them: call these. The next objective is asked for
-        after the step of the one before.
-        """
+__all__ = ["Batches", "Objective", "Task", "micro_batch", "train"]
 
 
 def micro_batch(optimization: Optimization) -> int:
@@ -117,7 +68,7 @@ def train(
         The averaged weights of the first model, or None without averaging.
 
     Raises:
-        UserError: a damaged checkpoint, a loss that is not finite, a batch that cannot be divided.
+        UserError: a damaged checkpoint, too many updates in a row that are not finite, a batch that cannot be divided.
         KeyboardInterrupt: after Ctrl-C, when the state is saved.
     """
     return _Loop(task, batches, optimization, stage, context).run()
@@ -127,6 +78,7 @@ class _Loop:
     def __init__(self, task: Task, batches: Batches, optimization: Optimization, stage: str, context: Context) -> None:
         self.task, self.batches, self.optimization = task, batches, optimization
         self.stage, self.context = stage, context
+        check_installed(optimization.trackers)
         # Accelerate keeps precision and accumulation for the whole process; stages of one run may differ.
         AcceleratorState._reset_state()
         GradientState._reset_state()
@@ -138,20 +90,45 @@ class _Loop:
             # discriminator could not see real and generated images in two passes of one step.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        self.main = next(iter(task.models.values()))
+        self.main_name = next(iter(task.models))
+        self.main = task.models[self.main_name]
         self.models: dict[str, nn.Module] = {}
-        self.optimizers: dict[str, Any] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.optimizations: dict[str, Optimization] = {}
         for name, model in task.models.items():
             model.train()
             own = self.optimizations[name] = task.optimization(name, optimization)
-            self.models[name], self.optimizers[name] = self.accelerator.prepare(model, build_optimizer(model, own))
+            self.models[name] = self.accelerator.prepare(self._equipped(model))
+            self.optimizers[name] = build_optimizer(model, own)
+        # Of its own for each model: accelerate's would be shared by optimizers that step one after the other.
+        half, device = optimization.precision == "float16", self.accelerator.device.type
+        self.scalers = {name: GradScaler(device, enabled=half) for name in task.models}
+        self.statistics = {name: Statistics(model) for name, model in task.models.items()}
         decay = optimization.ema_decay
         self.ema = EMA(self.main, decay, optimization.ema_warmup) if decay is not None else None
+        self.trackers: Trackers | None = None
         self.step = 0
         self.seconds = 0.0
         self.sums: dict[str, float] = {}
         self.summed = 0
+        self.skipped = 0  # since the last line
+        self.skipped_in_a_row = 0
+
+    def _equipped(self, model: nn.Module) -> nn.Module:
+        """The model with what the options add to its forward pass."""
+        if self.optimization.checkpoint_activations and model is self.main:
+            checkpoint_activations(model)
+        if self.optimization.compile:
+            model.compile()
+        if self.optimization.precision == "float16":
+            model.forward = convert_outputs_to_fp32(model.forward)
+        return model
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.optimization.precision == "float16":
+            return torch.autocast(self.accelerator.device.type, torch.float16)
+        context: AbstractContextManager[Any] = self.accelerator.autocast()
+        return context
 
     def _rate(self, name: str, step: int) -> float:
         optimization = self.optimizations[name]
@@ -164,23 +141,30 @@ class _Loop:
         self._load()
         if distributed.rank() == 0:
             self.context.run.rewind_metrics(self.stage, self.step)
+            settings = self.optimization.model_dump(mode="json")
+            self.trackers = Trackers(self.optimization.trackers, self.context.run, self.stage, self.step, settings)
         reporter, total = self.context.reporter, self.optimization.steps
         started = time.monotonic() - self.seconds
+        due = False
         with (
-            _interruption() as interrupted,
+            interruption() as interrupted,
             reporter.progress(self.stage, total, self.step, "step") as advance,
         ):
             while self.step < total:
                 self._update()
                 self.step += 1
                 self.seconds = time.monotonic() - started
-                note = self._log() if self.step % self.optimization.log_every == 0 or self.step == total else None
-                advance(1, note)
+                advance(1, self._look())
                 stopping = bool(interrupted) and distributed.world_size() == 1
-                if self.step % self.optimization.checkpoint_every == 0 or self.step == total or stopping:
+                due = due or self.step % self.optimization.checkpoint_every == 0 or stopping
+                # Among skipped updates nothing is saved: the last step before them may be what went wrong.
+                if (due and not self.skipped_in_a_row) or self.step == total:
                     self._save()
+                    due = False
                 if stopping:
                     raise KeyboardInterrupt
+        if self.trackers is not None:
+            self.trackers.finish()
         for model in self.task.models.values():
             model.eval()
         return self.ema.weights if self.ema else None
@@ -189,57 +173,140 @@ class _Loop:
         rank = distributed.rank()
         for name, optimizer in self.optimizers.items():
             set_rates(optimizer, self.optimizations[name], self._own_step(name, self.step))
+            self.statistics[name].hold()
+        before, self.task.loss_scale = self.task.state_dict(), self.scalers[self.main_name].get_scale()
+        seen: list[dict[str, float]] = []
+        stepped: set[str] = set()
+        problem = None
         for part in range(self.optimization.accumulate):
-            torch.manual_seed(mixed_seed(self.context.recipe.seed, self.stage, self.step, part, rank))
+            _seed(mixed_seed(self.context.recipe.seed, self.stage, self.step, part, rank), self.accelerator.device)
             batch = _moved(next(self.batches), self.accelerator.device)
             # One context for all models: each entry advances accelerate's shared counter, so a context per
             # model would let only the last one ever step.
             with self.accelerator.accumulate(*self.models.values()):
-                self._micro_step(batch)
-        if self.ema is not None:
+                problem = self._micro_step(batch, seen, stepped)
+        main_stepped = problem is None or self.main_name in stepped
+        if self.task.health is not None:
+            self.task.health.keep(good=main_stepped)
+        if self.ema is not None and main_stepped:
             self.ema.update(self.main)
+        if problem is not None:
+            self._skip(problem, before, stepped)
+            return
+        self.skipped_in_a_row = 0
+        for values in seen:
+            for name, value in values.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+        self.summed += self.optimization.accumulate
 
-    def _micro_step(self, batch: Any) -> None:
+    def _micro_step(self, batch: Any, seen: list[dict[str, float]], stepped: set[str]) -> str | None:
+        """Go through the objectives; what is wrong with one is told, and ends the update for all processes."""
         objectives = self.task.objectives(self.models, batch, self.step)
         while True:
-            with self.accelerator.autocast():
+            with self._autocast():
                 item = next(objectives, None)
             if item is None:
-                break
-            names, losses = item
-            self.accelerator.backward(torch.stack([loss.float() for loss in losses.values()]).sum())
-            for name in (names,) if isinstance(names, str) else names:
-                if self.accelerator.sync_gradients and self.optimization.clip is not None:
-                    self.accelerator.clip_grad_norm_(self.models[name].parameters(), self.optimization.clip)
-                self.optimizers[name].step()
-                self.optimizers[name].zero_grad()
-            self._sum(losses)
-        self.summed += 1
+                return None
+            owners, losses = item
+            names = (owners,) if isinstance(owners, str) else owners
+            scaler = self.scalers[names[0]]
+            self.accelerator.backward(scaler.scale(torch.stack([loss.float() for loss in losses.values()]).sum()))
+            norms = self._gradient_norms(names, scaler) if self.accelerator.sync_gradients else {}
+            values = torch.stack([value.detach().double() for value in (*losses.values(), *norms.values())]).tolist()
+            seen.append(dict(zip(losses, values, strict=False)))
+            if not self.accelerator.sync_gradients:
+                continue
+            problem = self._problem(seen, dict(zip(norms, values[len(losses) :], strict=True)))
+            if problem is None:
+                for name in names:
+                    self.optimizers[name].step()
+                    self.optimizers[name].zero_grad()
+                stepped.update(names)
+            if scaler.is_enabled():
+                scaler.update()
+            if problem is not None:
+                return problem
 
-    def _sum(self, losses: dict[str, Tensor]) -> None:
-        values = torch.stack([loss.detach().double() for loss in losses.values()]).tolist()
-        for name, value in zip(losses, values, strict=True):
-            if not math.isfinite(value):
-                raise UserError(
-                    f"{self.stage}: the loss {name!r} is {value} at step {self.step}; lower the learning rate or "
-                    f"clip the gradient"
-                )
-            self.sums[name] = self.sums.get(name, 0.0) + value
+    def _gradient_norms(self, names: tuple[str, ...], scaler: GradScaler) -> dict[str, Tensor]:
+        """The norms of the models' gradients, which are clipped to what the options allow."""
+        found = {}
+        for name in names:
+            weights = [weight for weight in self.models[name].parameters() if weight.grad is not None]
+            if not weights:
+                continue
+            scaler.unscale_(self.optimizers[name])
+            limit = self.optimization.clip
+            if limit is None:
+                found[name] = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+            else:
+                found[name] = nn.utils.clip_grad_norm_(weights, limit)
+        return found
 
-    def _log(self) -> str:
+    def _problem(self, seen: list[dict[str, float]], norms: dict[str, float]) -> str | None:
+        """What is not finite, on any process."""
+        losses = [(name, value) for values in seen for name, value in values.items()]
+        found = [f"the loss {name!r} is {value}" for name, value in losses if not math.isfinite(value)]
+        found += [f"the gradient of {name!r} is {norm}" for name, norm in norms.items() if not math.isfinite(norm)]
+        if distributed.world_size() == 1:
+            return found[0] if found else None
+        anywhere = distributed.all_reduce_sum(torch.tensor(len(found), device=self.accelerator.device))
+        if not int(anywhere):
+            return None
+        sentences = [sentence for found in distributed.gather_objects(found) for sentence in found]
+        # One loss spoils the gradients of all processes.
+        return next((sentence for sentence in sentences if sentence.startswith("the loss")), sentences[0])
+
+    def _skip(self, problem: str, before: dict[str, Any], stepped: set[str]) -> None:
+        """Leave everything that has not stepped as it was before this update."""
+        for name, optimizer in self.optimizers.items():
+            optimizer.zero_grad()
+            if name not in stepped:
+                self.statistics[name].put_back()
+        self.task.load_state_dict(before)
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > self.optimization.max_skipped:
+            kept = f"what {self._path} holds is kept" if self._path.exists() else "nothing was saved yet"
+            times = f"{self.skipped_in_a_row} updates in a row were skipped, and then " if self.skipped > 1 else ""
+            raise UserError(
+                f"{self.stage}: {times}{problem} at step {self.step}; lower the learning rate or clip the gradient "
+                f"({kept})"
+            )
+        # Under loss scaling gradients leave the range of float16 now and then; that is how the scale is found.
+        if problem.startswith("the loss") or self.optimization.precision != "float16":
+            self.context.reporter.say(f"{self.stage}: step {self.step} is skipped, {problem}")
+
+    def _look(self) -> str | None:
+        """Validate and tell what is due; a note for the progress bar."""
+        validator = self.task.validator
+        validating = validator is not None and validator.is_due(self.step)
+        if not (validating or self.step % self.optimization.log_every == 0 or self.step == self.optimization.steps):
+            return None
+        findings: dict[str, Any] = {}
+        if validator is not None and validating:
+            if distributed.rank() == 0:
+                findings["validation"] = validator(self.step, self.ema.weights if self.ema else None, self.trackers)
+            distributed.barrier()
+            self.main.train()
+        return self._log(findings)
+
+    def _log(self, findings: dict[str, Any]) -> str:
         parts = distributed.gather_objects((self.sums, self.summed))
         count = sum(summed for _, summed in parts)
         means = {name: sum(sums.get(name, 0.0) for sums, _ in parts) / count for name in self.sums}
-        self.sums, self.summed = {}, 0
         rate = self._rate(next(iter(self.models)), self.step - 1)
-        line: dict[str, Any] = {"stage": self.stage, "step": self.step, "learning_rate": rate, **means}
-        if self.task.health is not None:
+        line: dict[str, Any] = {"stage": self.stage, "step": self.step, "learning_rate": rate, **means, **findings}
+        if self.skipped:
+            line["skipped"] = self.skipped
+        self.sums, self.summed, self.skipped = {}, 0, 0
+        if self.task.health is not None and count:
             line["codebook_health"] = self.task.health.findings()
             warning = self.task.health.warning(line["codebook_health"], self.stage, self.step)
             if warning is not None:
                 self.context.reporter.say(warning)
-        if distributed.rank() == 0:
+        if self.trackers is not None:
             self.context.run.append_metrics(line)
+            self.trackers.log(line)
         return ", ".join(f"{name} {value:.4g}" for name, value in means.items())
 
     def _save(self) -> None:
@@ -251,63 +318,52 @@ class _Loop:
             state = {
                 "step": self.step,
                 "seconds": self.seconds,
+                "skipped": self.skipped,
                 "models": {name: model.state_dict() for name, model in self.task.models.items()},
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+                "scalers": {name: scaler.state_dict() for name, scaler in self.scalers.items()},
                 "ema": self.ema.state_dict() if self.ema else None,
                 "task": self.task.state_dict(),
+                "validator": self.task.validator.state_dict() if self.task.validator else None,
                 "ranks": ranks,
             }
             save_state(self._path, state)
         distributed.barrier()
 
     @property
-    def _path(self) -> Any:
+    def _path(self) -> Path:
         return self.context.run.state / f"{self.stage}.pt"
 
     def _load(self) -> None:
         state = load_state(self._path)
         if state is None:
             return
-        if len(state["ranks"]) != distributed.world_size():
-            raise UserError(
-                f"{self._path} was written by {len(state['ranks'])} processes, this is {distributed.world_size()}: "
-                f"go on with as many, or remove it to train from the start"
-            )
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
         for name, model in self.task.models.items():
             model.load_state_dict(state["models"][name])
             self.optimizers[name].load_state_dict(state["optimizers"][name])
+            if self.scalers[name].is_enabled():
+                self.scalers[name].load_state_dict(state["scalers"][name])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.task.load_state_dict(state["task"])
-        own = state["ranks"][distributed.rank()]
+        if self.task.validator is not None:
+            self.task.validator.load_state_dict(state["validator"])
+        own = own_state(state["ranks"], distributed.rank(), distributed.world_size())
         self.batches.load_state_dict(own["batches"])
         self.sums, self.summed = own["sums"], own["summed"]
         if self.task.health is not None:
             self.task.health.load_state_dict(own["health"])
 
 
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed the generators that a step uses; `torch.manual_seed` looks for all devices there are, a millisecond long."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 def _moved(batch: Any, device: torch.device) -> Any:
     """The batch, a named tuple, with its tensors on `device`."""
     moved = [item.to(device, non_blocking=True) if isinstance(item, Tensor) else item for item in batch]
     return type(batch)(*moved) if hasattr(batch, "_fields") else tuple(moved)
-
-
-@contextmanager
-def _interruption() -> Iterator[list[int]]:
-    """Collect the first Ctrl-C instead of dying of it, so that the step can end and be saved."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def receive(number: int, _frame: object) -> None:
-        received.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, receive)
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from smalti.core.options import DiscriminatorOptions, LossOptions, Options, Slot
+from smalti.core.options import DiscriminatorOptions, FeaturesOptions, LossOptions, Options, Slot
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Steps = Annotated[int, Field(ge=0)]
@@ -39,9 +39,15 @@ class Optimization(Options):
         ema_decay: of the averaged weights; None for none.
         ema_warmup: what the decay is after n updates, if that is less: `ramp`, (1 + n) / (10 + n); `power`,
             1 - (1 + n)^(-2/3); `none`, `ema_decay` from the first on.
-        precision: of the forward pass; weights stay float32.
+        precision: of the forward pass; weights stay float32. With `float16` losses are scaled, so that small gradients
+            do not become 0.
+        max_skipped: updates in a row that are skipped because a loss or a gradient is not finite, before training
+            gives up.
+        compile: the models, by `torch.compile`.
+        checkpoint_activations: blocks keep only their input and compute the rest again in the backward pass.
         checkpoint_every: updates between checkpoints of everything that is needed to go on.
         log_every: updates between lines of `metrics.jsonl`.
+        trackers: told the same lines, and pictures: `tensorboard`, `wandb`, `trackio`.
     """
 
     steps: Annotated[int, Field(ge=1)]
@@ -63,9 +69,13 @@ class Optimization(Options):
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = 0.999
     ema_warmup: Literal["none", "ramp", "power"] = "ramp"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_skipped: Steps = 20
+    compile: bool = False
+    checkpoint_activations: bool = False
     checkpoint_every: Annotated[int, Field(ge=1)] = 1000
     log_every: Annotated[int, Field(ge=1)] = 50
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
     @model_validator(mode="after")
     def _possible_schedule(self) -> Self:
@@ -195,20 +205,59 @@ class Perturbation(Options):
     final_ratio: Share = 1.0
 
 
+class Best(Options):
+    """Which validation is the best.
+
+    Args:
+        metric: a name of the validation's findings, e.g. `psnr` or `rfid`.
+        prefer: its `higher` or its `lower` values.
+    """
+
+    metric: str = "psnr"
+    prefer: Literal["higher", "lower"] = "higher"
+
+
+class Validation(Options):
+    """A look at held-out images in the midst of training, with the weights as they are and with the averaged ones.
+
+    Args:
+        every: updates from one to the next.
+        images: so many, the first of the recipe's `data.validation`.
+        batch_size: images reconstructed at once.
+        pictures: so many of them are shown beside their reconstructions, in `images/` and by trackers; 0 for none.
+        metrics: installed components of kind `metric`; empty takes all.
+        features: for the Frechet distance between images and reconstructions, `rfid`; None leaves that out.
+        best: the weights of the best validation are kept in `tokenizer-best/`; None keeps none.
+    """
+
+    every: Annotated[int, Field(ge=1)] = 1000
+    images: Annotated[int, Field(ge=1)] = 256
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    pictures: Annotated[int, Field(ge=0)] = 16
+    metrics: tuple[str, ...] = ()
+    features: Annotated[FeaturesOptions, Slot("features")] | None = None
+    best: Best | None = Best()
+
+
 class TokenizerTraining(Optimization):
     """How a tokenizer is trained.
 
     Args:
+        start: weights to begin with: a run or a saved tokenizer (folder), a published file, or a name of the zoo;
+            None begins at random.
         losses: between what the tokenizer makes of images and the images.
         ramps: factors of the quantizer's terms by name, e.g. `{entropy: {end: 0.01, steps: 5000}}`.
         adversarial: the discriminator and its terms.
         perturbation: of the quantized latent.
+        validation: in the midst of training.
     """
 
+    start: str | None = None
     losses: Annotated[tuple[Annotated[LossOptions, Slot("loss")], ...], Field(min_length=1)]
     ramps: dict[str, Ramp] = Field(default_factory=dict)
     adversarial: Adversarial | None = None
     perturbation: Perturbation | None = None
+    validation: Validation | None = None
 
 
 class GeneratorTraining(Optimization):

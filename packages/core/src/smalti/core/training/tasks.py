@@ -12,9 +12,9 @@ from smalti.core.contracts import Generator, Tokenizer, TokenizerOutput
 from smalti.core.data.loader import Batch
 from smalti.core.losses.terms import LossTerms
 from smalti.core.training.adversarial import Adversary, last_weight
-from smalti.core.training.loop import Objective, Task
 from smalti.core.training.options import Optimization, TokenizerTraining
 from smalti.core.training.perturbation import LatentPerturbation
+from smalti.core.training.task import Objective, Task
 from smalti.core.training.token_health import TokenHealth
 
 
@@ -63,6 +63,8 @@ class TokenizerTask(Task):
         """The tokenizer's terms and the discriminator's, on the same reconstructions, in the order of the options."""
         if self.perturbation is not None:
             self.perturbation.step = step
+        if self.adversary is not None:
+            self.adversary.loss_scale = self.loss_scale
         output = models["tokenizer"](batch.images)
         self.health.update(output.tokens)
         first = self.adversary is not None and self.adversary.options.discriminator_first

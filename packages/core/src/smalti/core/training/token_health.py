@@ -6,13 +6,17 @@ Legend: B batch, L token positions, S streams.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from smalti.core.codebook_health import QUEUE, CodebookHealth, CollapseWatch, code_distances
 from smalti.core.contracts import Quantizer, Tokenizer
+
+BATCHES_AT_ONCE = 64
 
 
 class TokenHealth:
@@ -30,10 +34,25 @@ class TokenHealth:
         self.watch = CollapseWatch(layout.streams)
         quantizer = getattr(tokenizer, "quantizer", None)
         self.quantizer = quantizer if isinstance(quantizer, Quantizer) and layout.kind != "scales" else None
+        self._pending: list[Tensor] = []
+        self._kept: list[Tensor] = []
 
     def update(self, tokens: Tensor) -> None:
-        """Take in the tokens `(B, L, S)` of a batch."""
-        self.health.update(tokens)
+        """Take in the tokens `(B, L, S)` of a batch; they count when `keep` says so."""
+        self._pending.append(tokens.detach())
+
+    def keep(self, *, good: bool = True) -> None:
+        """Count the batches since the last call, or forget them where their update was skipped."""
+        self._kept += self._pending if good else []
+        self._pending = []
+        if len(self._kept) >= BATCHES_AT_ONCE:
+            self._count()
+
+    def _count(self) -> None:
+        """Count what was kept, many batches at once: a queue is long, and moving it takes a while."""
+        for _, batches in groupby(self._kept, key=lambda tokens: tokens.shape[1:]):
+            self.health.update(torch.cat([*batches]))
+        self._kept = []
 
     def findings(self) -> dict[str, Any]:
         """Figures over the queues of all processes, which must all call it.
@@ -43,6 +62,7 @@ class TokenHealth:
             are scales; `distances`, the quantiles of `code_distances` per stream, where they are known;
             `collapsed`, the streams whose usage has newly fallen below half of its best, if there are any.
         """
+        self._count()
         found: dict[str, Any] = dict(self.health.result())
         if self.health.scales:
             found["usage_of_scales"] = [scale.result()["usage"] for scale in self.health.scales]
@@ -63,9 +83,37 @@ class TokenHealth:
 
     def state_dict(self) -> dict[str, Any]:
         """What this process has seen."""
+        self._count()
         return {"health": self.health.state_dict(), "watch": self.watch.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
+        self._pending, self._kept = [], []
         self.health.load_state_dict(state["health"])
         self.watch.load_state_dict(state["watch"])
+
+
+def redistributed(states: Sequence[Mapping[str, Any]], rank: int, processes: int) -> dict[str, Any]:
+    """The share of one of `processes` in the states of all processes of an earlier run, by rank."""
+    return {
+        "health": _dealt([state["health"] for state in states], rank, processes),
+        "watch": dict(states[0]["watch"]),  # all processes watch the same figures
+    }
+
+
+def _dealt(states: Sequence[Mapping[str, Any]], rank: int, processes: int) -> dict[str, Any]:
+    """Histograms go to the first process; the latest tokens are dealt out in turn, as batches are."""
+    histograms = [torch.stack(found).sum(0) for found in zip(*(state["histograms"] for state in states), strict=True)]
+    latest = [_in_turn(found)[rank::processes] for found in zip(*(state["latest"] for state in states), strict=True)]
+    scales = zip(*(state["scales"] for state in states), strict=True)
+    return {
+        "histograms": histograms if rank == 0 else [torch.zeros_like(histogram) for histogram in histograms],
+        "latest": latest,
+        "scales": [_dealt(found, rank, processes) for found in scales],
+    }
+
+
+def _in_turn(queues: Sequence[Tensor]) -> Tensor:
+    """The tokens of several queues, oldest first, one of each in turn."""
+    places = torch.cat([torch.arange(len(queue)) - len(queue) for queue in queues])
+    return torch.cat(list(queues))[places.argsort(stable=True)]

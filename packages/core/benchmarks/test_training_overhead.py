@@ -1,0 +1,132 @@
+"""Steps per second of tokenizer training beside a plain PyTorch loop of the same model, in the same run.
+
+The plain loop does what training is: forward, losses, backward, clipped gradient, fused AdamW, averaged weights. What
+ours adds is its overhead: resumable randomness, schedules, skipping of updates that are not finite, codebook health,
+sums for the log. Both take the same batches from memory and run in turn; the median step of each counts.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from smalti.core.contracts import Tokenizer
+from smalti.core.data.loader import Batch
+from smalti.core.plugins import registry
+from smalti.core.progress import Reporter
+from smalti.core.run_folder import RunFolder
+from smalti.core.training.loop import train
+from smalti.core.training.options import TokenizerTraining
+from smalti.core.training.tasks import TokenizerTask
+
+ROUNDS, STEPS, BATCH, SIZE = 6, 20, 32, 32
+BAR = 1.03
+RATE, BETAS, DECAY = 1e-4, (0.9, 0.95), 0.999
+
+
+class Timed:
+    """The same batch again and again, noting when it was asked for by the CPU time of this process."""
+
+    def __init__(self) -> None:
+        images = torch.rand(BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        self.batch = Batch(images, torch.zeros(BATCH, dtype=torch.int64), [""] * BATCH)
+        self.times: list[float] = []
+
+    def __next__(self) -> Batch:
+        self.times.append(time.process_time())
+        return self.batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Never called."""
+        raise AssertionError("nothing goes on here")
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each step between two batches, without the first two."""
+        pairs = zip(self.times[2:], self.times[3:], strict=False)
+        return [after - before for before, after in pairs]
+
+
+def build() -> Tokenizer:
+    torch.manual_seed(0)
+    network = {"name": "cnn", "widths": [32, 64], "blocks": 1}
+    content = {
+        "preprocessing": {"image_size": SIZE, "channels": 3, "fit": "pad"},
+        "encoder": network,
+        "quantizer": {"name": "vq", "dim": 8, "codebook_size": 512},
+        "decoder": network,
+    }
+    tokenizer: Tokenizer = registry().options("tokenizer", "composed").model_validate(content).build()
+    return tokenizer
+
+
+def ours(folder: Path) -> list[float]:
+    options = TokenizerTraining.model_validate(
+        {
+            "steps": STEPS,
+            "batch_size": BATCH,
+            "learning_rate": RATE,
+            "betas": BETAS,
+            "ema_decay": DECAY,
+            "log_every": STEPS,
+            "checkpoint_every": STEPS,
+            "losses": [{"name": "l2"}],
+        }
+    )
+    run = RunFolder(folder)
+    run.state.mkdir(parents=True)
+    context: Any = SimpleNamespace(run=run, recipe=SimpleNamespace(seed=0), device="cpu", reporter=Reporter(quiet=True))
+    batches = Timed()
+    train(TokenizerTask(build(), options), batches, options, stage="train", context=context)
+    return batches.seconds
+
+
+def plain() -> list[float]:
+    tokenizer, batches = build().train(), Timed()
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=RATE, betas=BETAS, weight_decay=0.0, fused=True)
+    state = tokenizer.state_dict()
+    averages = [tensor.clone() for tensor in state.values()]
+    sums = 0.0
+    for _ in range(STEPS):
+        images = next(batches).images
+        output = tokenizer(images)
+        loss = F.mse_loss(output.images, images) + torch.stack([*output.losses.values()]).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
+        optimizer.step()
+        sums += loss.item()
+        with torch.no_grad():
+            floats = [(a, b) for a, b in zip(averages, state.values(), strict=True) if a.is_floating_point()]
+            torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1 - DECAY)
+    return batches.seconds
+
+
+@pytest.mark.slow
+def test_overhead(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
+    """Under 3 %."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    mine: list[float] = []
+    peer: list[float] = []
+    for index in range(ROUNDS):
+        mine += ours(tmp_path / str(index))
+        peer += plain()
+    info = benchmark.extra_info
+    info["seconds_of_a_step"], info["seconds_of_a_plain_step"] = median(mine), median(peer)
+    info["ratio_plain_loop"] = info["seconds_of_a_plain_step"] / info["seconds_of_a_step"]
+    benchmark.pedantic(plain, rounds=1)
+    torch.set_num_threads(before)
+    assert median(mine) < BAR * median(peer)

@@ -1,0 +1,106 @@
+"""Files of random weights in the place of pretrained ones, for trying out a recipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from smalti.core.files import atomic_write
+
+IMAGE_SIZE = 32
+WIDTH = 64  # of transformers: one head of the published width
+DEPTH = 2
+CODES = 64
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class RandomNetworks:
+    """Files of random weights that stand in the place of pretrained ones, made when they are needed."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        self.folder, self.say = folder.absolute(), say
+        self._told: set[str] = set()
+
+    def tell(self, what: str) -> None:
+        """Say something once."""
+        if what not in self._told:
+            self._told.add(what)
+            self.say(f"shrunk: {what}")
+
+    def lpips(self) -> tuple[str, str]:
+        """Files of VGG16, which has one size only, and of the linear layers of LPIPS."""
+        from smalti.core.losses.vgg import VGG16, WIDTHS
+
+        self.tell("VGG16 is random")
+        with torch.device("meta"):
+            shapes = {name: tuple(tensor.shape) for name, tensor in VGG16().state_dict().items()}
+        heads: Shapes = {f"lin{number}.model.1.weight": (1, width, 1, 1) for number, width in enumerate(WIDTHS)}
+        return self._file("vgg16", shapes), self._file("lpips", heads, positive=True)
+
+    def vit(self, patch: int) -> str:
+        """A vision transformer under timm's names, for patches of `patch` pixels."""
+        self.tell("pretrained vision transformers are random")
+        shapes: Shapes = {
+            "cls_token": (1, 1, WIDTH),
+            "pos_embed": (1, 1 + (IMAGE_SIZE // patch) ** 2, WIDTH),
+            "patch_embed.proj.weight": (WIDTH, 3, patch, patch),
+            "patch_embed.proj.bias": (WIDTH,),
+            "norm.weight": (WIDTH,),
+            "norm.bias": (WIDTH,),
+        }
+        layers = {"attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
+        for block in range(DEPTH):
+            for layer, (outputs, inputs) in layers.items():
+                shapes[f"blocks.{block}.{layer}.weight"] = (outputs * WIDTH, inputs * WIDTH)
+                shapes[f"blocks.{block}.{layer}.bias"] = (outputs * WIDTH,)
+            for norm in ("norm1", "norm2"):
+                shapes[f"blocks.{block}.{norm}.weight"] = shapes[f"blocks.{block}.{norm}.bias"] = (WIDTH,)
+        return self._file(f"vit-patch{patch}", shapes)
+
+    def tokenizer(self, grid: int) -> str:
+        """A folder with a tokenizer of `grid` x `grid` tokens, for the loss of proxy codes."""
+        from smalti.core.contracts import Tokenizer
+
+        self.tell("the tokenizer of the proxy codes is random")
+        levels = round(math.log2(IMAGE_SIZE / grid))
+        sizes = {"widths": [8] * levels, "blocks": 1, "groups": 4}
+        config = {
+            "kind": "tokenizer",
+            "options": {
+                "name": "composed",
+                "preprocessing": {"image_size": IMAGE_SIZE},
+                "encoder": {"name": "cnn", **sizes},
+                "quantizer": {"name": "vq", "dim": 8, "codebook_size": CODES},
+                "decoder": {"name": "cnn", **sizes},
+            },
+        }
+        path = self.folder / f"tokenizer-{grid}"
+        if not path.exists():
+            torch.manual_seed(0)
+            Tokenizer.from_config(config).save_pretrained(path)
+        return str(path)
+
+    def _file(self, name: str, shapes: Shapes, *, positive: bool = False) -> str:
+        path = self.folder / f"{name}.pt"
+        if not path.exists():
+            generator = torch.Generator().manual_seed(0)
+            tensors = {key: _random(key, shape, generator) for key, shape in shapes.items()}
+            if positive:
+                tensors = {key: tensor.abs() for key, tensor in tensors.items()}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                torch.save(tensors, file)
+        return str(path)
+
+
+def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Weights that keep the size of what passes through them; in half the bytes, since only their size matters."""
+    if len(shape) == 1:
+        ones = "norm" in name and name.endswith("weight")
+        return torch.full(shape, float(ones), dtype=torch.bfloat16)
+    return (torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))).to(torch.bfloat16)

@@ -1,0 +1,129 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from smalti.core.contracts import Features, Tokenizer
+from smalti.core.data.folders import FolderOptions
+from smalti.core.data.images import to_uint8
+from smalti.core.data.loader import read_images
+from smalti.core.errors import UserError
+from smalti.core.options import FeaturesOptions
+from smalti.core.progress import Reporter
+from smalti.core.run_folder import RunFolder
+from smalti.core.training.options import Validation
+from smalti.core.training.validator import Validator, frechet_distance
+
+
+class PixelsOptions(FeaturesOptions):
+    name: str = "pixels"
+
+    def build(self):
+        return Pixels()
+
+
+class Pixels(Features):
+    """The first pixels."""
+
+    fingerprint = "pixels"
+
+    def forward(self, images):
+        return {"pool": images[:, :2, :2, 0].flatten(1).float()}
+
+
+@pytest.fixture
+def run(tmp_path):
+    random = np.random.default_rng(0)
+    for index in range(10):
+        path = tmp_path / "images" / "only" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (8, 8), np.uint8)).save(path)
+    return RunFolder(tmp_path / "run")
+
+
+def dataset(run):
+    return FolderOptions(path=str(run.path.parent / "images")).build()
+
+
+def validator(model, run, **changes):
+    content = {"images": 6, "batch_size": 4, "pictures": 3, "best": {"metric": "difference", "prefer": "lower"}}
+    options = Validation.model_validate({**content, **changes})
+    return Validator(
+        options, model, dataset(run), run=run, stage="test", reporter=Reporter(quiet=True), max_undecodable=0
+    )
+
+
+def differences(model, run):
+    """By hand."""
+    (batch,) = read_images(dataset(run), model.preprocessing, 6, 0, 6, max_undecodable=0, warn=print)
+    copies = to_uint8(model.decode(model.encode(batch.images))).float()
+    return float((copies - to_uint8(batch.images).float()).abs().mean())
+
+
+def test_both_weights_are_measured_and_the_best_are_kept(tokenizer, run):
+    model, other = tokenizer().eval(), tokenizer().eval()
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(0.1)
+    raw, averaged = differences(model, run), differences(other, run)
+    assert raw != averaged
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    look = validator(model, run)
+    found = look(10, other.state_dict(), None)
+    assert found["weights"]["difference"] == pytest.approx(raw, rel=1e-5)
+    assert found["ema"]["difference"] == pytest.approx(averaged, rel=1e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    best = run / "tokenizer-best"
+    assert json.loads((best / "best.json").read_text()) == {
+        "step": 10,
+        "weights": "ema",
+        "difference": found["ema"]["difference"],
+    }
+    for ema, expected in ((True, other), (False, model)):
+        saved = Tokenizer.from_pretrained(best, ema=ema).state_dict()
+        assert all(torch.equal(tensor, saved[name]) for name, tensor in expected.state_dict().items())
+    again = validator(model, run)
+    again.load_state_dict(look.state_dict())
+    again(20, other.state_dict(), None)  # no better
+    assert json.loads((best / "best.json").read_text())["step"] == 10
+    again.best = found["ema"]["difference"] + 1
+    again(30, other.state_dict(), None)
+    assert json.loads((best / "best.json").read_text())["step"] == 30
+    picture = np.asarray(Image.open(run / "images" / "test-00000010.png"))
+    assert picture.shape == (128, 6 * 128 + 5 * 2, 3)
+    assert sorted(path.name for path in (run / "images").iterdir()) == [f"test-000000{n}0.png" for n in (1, 2, 3)]
+
+
+def test_without_averages_pictures_and_best(tokenizer, run):
+    found = validator(tokenizer(), run, pictures=0, best=None, features=PixelsOptions())(5, None, None)
+    assert found.keys() == {"weights"}
+    assert found["weights"].keys() == {"difference", "rfid"}
+    assert not run.path.exists()
+
+
+def test_the_best_of_what_is_not_measured(tokenizer, run):
+    with pytest.raises(
+        UserError, match=r"^train.tokenizer.validation.best: 'psnr' is not measured, only difference is$"
+    ):
+        validator(tokenizer(), run, best={})
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(2, 8), st.integers(2, 8), st.integers(0, 1000))
+def test_frechet_distance_is_its_formula(images, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, images, width, dtype=torch.float64, generator=generator)
+    values = torch.linalg.eigvals(a.T.cov() @ b.T.cov()).real.clamp(min=0)
+    expected = (a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * values.sqrt().sum()
+    assert frechet_distance(a, b) == pytest.approx(float(expected), abs=1e-5)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_one_image_has_no_distance():
+    with pytest.raises(UserError, match=r"^a Frechet distance needs at least 2 images, got 1$"):
+        frechet_distance(torch.zeros(1, 3), torch.zeros(1, 3))

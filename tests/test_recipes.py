@@ -1,0 +1,111 @@
+"""Every recipe that comes with smalti: it is what its source says, and a tiny copy of it trains."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from smalti.core.checkpoints.zoo import zoo_model
+from smalti.core.progress import Reporter
+from smalti.core.recipe import load_recipe, shipped_recipes
+from smalti.core.run_folder import RunFolder
+from smalti.core.shrink import from_scratch, shrunk
+from smalti.core.stage import Context
+from smalti.core.stages.train_tokenizer import TrainTokenizer
+
+NAMES = sorted(shipped_recipes())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_recipe_says_where_it_is_from(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    if name == "quickstart":
+        return
+    assert recipe.source
+    assert recipe.seed in (0, 23, 42, 8888)
+    assert recipe.figures or "stage1" in name
+    assert recipe.tokenizer.preprocessing.image_size in (64, 128, 256)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if load_recipe(name).checkpoint])
+def test_the_tokenizer_is_the_published_one(name):
+    recipe = load_recipe(name)
+    published = zoo_model(recipe.checkpoint)
+    options = type(recipe.tokenizer).model_validate(from_scratch(recipe.tokenizer.model_dump(mode="json")))
+    with torch.device("meta"):
+        tokenizer = options.build()
+    assert tokenizer.layout() == published.tokens
+    assert recipe.figures == {figure.name: figure.value for figure in published.figures}
+    count = sum(parameter.numel() for parameter in tokenizer.parameters())
+    if published.parameters is not None:
+        assert count == pytest.approx(published.parameters, rel=1.2e-3)  # most are rounded to three digits
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Eight pictures of two classes."""
+    folder = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for index in range(8):
+        path = folder / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 255, (28, 30, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    """Train a tiny copy of a recipe's tokenizer for two updates; copies that are alike are trained once."""
+    random, known = tmp_path_factory.mktemp("random"), {}
+
+    def train(name):
+        dataset = f"{{name: folder, path: {images}}}"
+        recipe = load_recipe(name, [f"data.train={dataset}", f"data.validation={dataset}", "train.tokenizer.steps=2"])
+        copy = shrunk(recipe, random, lambda sentence: None)
+        content = copy.model_dump(mode="json")
+        key = json.dumps([content["tokenizer"], content["train"]["tokenizer"]], default=str)
+        if key not in known:
+            run = RunFolder(tmp_path_factory.mktemp("run"))
+            with run.locked():
+                run.prepare(copy)
+                TrainTokenizer(Context(run, copy, "cpu", Reporter(quiet=True))).run()
+                known[key] = run.metrics("train-tokenizer")
+        return recipe, known[key]
+
+    return train
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_two_updates_of_a_tiny_copy_go_through_all_losses(trained, name):
+    recipe, lines = trained(name)
+    training = recipe.train.tokenizer
+    assert [line["step"] for line in lines] == [1, 2]
+    terms = {loss.name for loss in training.losses} - {"perceptual"}
+    if training.adversarial is not None:
+        terms |= {"adversarial", "discriminator"} | ({"lecam"} if training.adversarial.lecam else set())
+    assert terms | set(training.ramps) <= lines[-1].keys()
+    assert all(math.isfinite(lines[-1][term]) for term in terms)
+
+
+def test_a_tiny_copy_says_what_it_is_not(tmp_path, monkeypatch):
+    for variable in ("IMAGENET_ROOT", "DATASET_ROOT"):
+        monkeypatch.delenv(variable, raising=False)
+    said = []
+    copy = shrunk(load_recipe("titok-bl64-vq8k"), tmp_path, said.append)
+    assert said == [
+        "shrunk: data.train, imagenet, is not here; Fashion-MNIST takes its place",
+        "shrunk: data.validation, imagenet, is not here; Fashion-MNIST takes its place",
+        "shrunk: VGG16 is random",
+        "shrunk: the loss perceptual is left out: convnext_s has no small size",
+    ]
+    assert [loss.name for loss in copy.train.tokenizer.losses] == ["l2", "lpips"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lpips.pt", "vgg16.pt"]
+    before = (tmp_path / "vgg16.pt").read_bytes()
+    (tmp_path / "vgg16.pt").unlink()
+    assert shrunk(load_recipe("titok-bl64-vq8k"), tmp_path, said.append) == copy
+    assert (tmp_path / "vgg16.pt").read_bytes() == before
