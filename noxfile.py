@@ -15,7 +15,7 @@ nox.options.sessions = ["lint", "types", "tests", "packages"]
 
 PACKAGES = ("core", "quant", "gaussian", "generation", "eval")
 # What a distribution's own tests need beside pytest: extras of core that the package does not require itself.
-EXTRAS = {"core": "[train,pretrained,test]", "eval": "[pipeline]"}
+EXTRAS = {"core": "[arrow,pretrained,train,turbo,test]", "eval": "[pipeline]"}
 TEST_NEEDS = ("pytest>=8.3", "hypothesis>=6.100", "pytest-benchmark>=5.1")
 
 

@@ -100,12 +100,18 @@ SYSTEMS = {
         {"name": "token-cnn", "width": 16, "tokens": 6, "grid": [4, 4], "channels": 32, "multipliers": [1, 1, 1]},
     ),
     "ta-titok": {
-        "name": "text-aware",
+        "name": "composed",
         "preprocessing": {"image_size": 16},
         "encoder": {"name": "titok", **SEQUENCE, "tokens": 6, "patch": 4},
         "quantizer": VQ,
-        "decoder": {"name": "titok", **SEQUENCE, "tokens": 6, "head": {"name": "pixels", "patch": 4}},
-        "text": {"tokens": 5, "width": 6},
+        "decoder": {
+            "name": "text-titok",
+            **SEQUENCE,
+            "tokens": 6,
+            "head": {"name": "pixels", "patch": 4},
+            "text_tokens": 5,
+            "text_width": 6,
+        },
     },
 }  # fmt: skip
 

@@ -43,7 +43,7 @@ def _check(model: nn.Module, config: dict[str, Any]) -> None:
     """What the layout found must be what the case configures; nothing of the configuration is left over."""
     left = dict(config)
     options = model.options
-    assert left.pop("class") == ("TATiTok" if options.name == "text-aware" else "TiTok")
+    assert left.pop("class") == ("TATiTok" if options.decoder.name == "text-titok" else "TiTok")
     assert options.preprocessing.image_size == left.pop("image_size")
     for half in ("encoder", "decoder"):
         part, theirs = getattr(options, half), left.pop(half)
@@ -71,9 +71,9 @@ def _check(model: nn.Module, config: dict[str, Any]) -> None:
     assert (model.width if mode == "vae" else model.quantizer.dim) == left.pop("token_size")
     if mode == "vq":
         assert model.quantizer.vocab == (left.pop("codebook_size"),)
-    if options.name == "text-aware":
-        assert options.text.tokens == left.pop("text_context_length")
-        assert options.text.width == left.pop("text_embed_dim")
+    if options.decoder.name == "text-titok":
+        assert options.decoder.text_tokens == left.pop("text_context_length")
+        assert options.decoder.text_width == left.pop("text_embed_dim")
         left.pop("clustering_vq")  # nothing in evaluation
     if finetuned:
         assert left.pop("pixel_decoder") == PIXEL_DECODER
@@ -113,7 +113,7 @@ def run(case: dict[str, Any], parity: ModuleType) -> dict[str, Tensor]:
 
 
 def _discrete(model: nn.Module, config: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    text = (inputs["text"],) if "text" in inputs else ()
+    text = {"text": inputs["text"]} if "text" in inputs else {}
     latent = model.to_codes(model.encoder(inputs["image"]))
     quantized = model.quantizer(latent)
     given = model.quantizer.decode(inputs["tokens"].unsqueeze(2), (inputs["tokens"].shape[1],))
@@ -131,24 +131,23 @@ def _discrete(model: nn.Module, config: dict[str, Any], inputs: dict[str, Tensor
     if config["finetune_decoder"]:
         found["soft_codes"] = _channels_first(model.decoder.head.mixed(logits))
     if config["finetune_decoder"] or not config["is_legacy"]:
-        found["reconstruction"] = _unit(model(inputs["image"], *text).images)
-        decoded = model.decoder(given, *text) if text else model.decoder(model.from_codes(given))
+        found["reconstruction"] = _unit(model(inputs["image"], **text).images)
+        decoded = model.decoder(model.from_codes(given), **text)
         found["token_reconstruction"] = _unit(decoded)
-        keywords = {"text": inputs["text"]} if text else {}
-        clamped = model.decode(inputs["tokens"].unsqueeze(2), **keywords)
+        clamped = model.decode(inputs["tokens"].unsqueeze(2), **text)
         torch.testing.assert_close(clamped, decoded.clamp(-1, 1))
     return found
 
 
 def _continuous(model: nn.Module, config: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     del config
-    text = (inputs["text"],) if "text" in inputs else ()
+    text = {"text": inputs["text"]} if "text" in inputs else {}
     moments = model.to_moments(model.encoder(inputs["image"]))
     posterior = model.posterior(inputs["image"])
     mean = model.encode(inputs["image"])
     z = inputs["z"].squeeze(2).transpose(1, 2)
-    decoded = model.decoder(z, *text) if text else model.decoder(model.from_latent(z))
-    clamped = model.decode(z, **({"text": inputs["text"]} if text else {}))
+    decoded = model.decoder(model.from_latent(z), **text)
+    clamped = model.decode(z, **text)
     torch.testing.assert_close(clamped, decoded.clamp(-1, 1))
     return {
         "moments": _theirs(moments),
@@ -156,7 +155,7 @@ def _continuous(model: nn.Module, config: dict[str, Any], inputs: dict[str, Tens
         "mean": _theirs(mean),
         "std": _theirs(posterior.std),
         "kl": posterior.divergence(),
-        "reconstruction": _unit(model(inputs["image"], *text).images),
+        "reconstruction": _unit(model(inputs["image"], **text).images),
         "z_reconstruction": _unit(decoded),
     }
 

@@ -13,12 +13,13 @@ from toy_components import SignsOptions
 
 from smalti.core.autoencoder import Autoencoder, ComposedAutoencoderOptions, DiagonalGaussian
 from smalti.core.backbones.cnn import CNNDecoderOptions, CNNEncoderOptions
+from smalti.core.backbones.text_titok import TextTiTokDecoderOptions
 from smalti.core.backbones.titok import TiTokDecoderOptions, TiTokEncoderOptions
 from smalti.core.contracts import Tokenizer
 from smalti.core.errors import UserError
 from smalti.core.options import Preprocessing
 from smalti.core.testing import TokenizerContract
-from smalti.core.text_aware import TextAwareAutoencoderOptions, TextAwareOptions, TextAwareTokenizer, TextOptions
+from smalti.core.tokenizer import ComposedOptions
 
 TINY = {"width": 24, "layers": 2, "heads": 2, "grid": (4, 4), "tokens": 8}
 PARTS = {
@@ -26,7 +27,8 @@ PARTS = {
     "encoder": TiTokEncoderOptions(**TINY, patch=4),
     "decoder": TiTokDecoderOptions(**TINY, head={"name": "pixels", "patch": 4}),
 }
-TEXT = TextOptions(tokens=5, width=6)
+TEXT_DECODER = TextTiTokDecoderOptions(**TINY, head={"name": "pixels", "patch": 4}, text_tokens=5, text_width=6)
+TEXT_PARTS = PARTS | {"decoder": TEXT_DECODER}
 SEQUENCE = ComposedAutoencoderOptions(**PARTS, width=4, divergence_weight=0.5)
 GRID = ComposedAutoencoderOptions(
     preprocessing=Preprocessing(image_size=16),
@@ -34,7 +36,7 @@ GRID = ComposedAutoencoderOptions(
     decoder=CNNDecoderOptions(widths=(8, 8), blocks=1),
     width=3,
 )
-TEXT_AWARE = TextAwareAutoencoderOptions(**PARTS, width=4, text=TEXT, divergence_weight=0.5)
+TEXT_AWARE = ComposedAutoencoderOptions(**TEXT_PARTS, width=4, divergence_weight=0.5)
 ALL = pytest.mark.parametrize("options", [SEQUENCE, GRID, TEXT_AWARE], ids=["sequence", "grid", "text-aware"])
 
 
@@ -55,7 +57,7 @@ def built(options):
 
 
 def given_text(options, batch=3):
-    return {"text": text(batch)} if options.name == "text-aware" else {}
+    return {"text": text(batch)} if options.decoder.name == "text-titok" else {}
 
 
 @settings(deadline=None, max_examples=20)
@@ -165,22 +167,11 @@ def test_an_image_size_that_the_encoder_cannot_take_is_told_at_once():
         options.build()
 
 
-class WithText(TextAwareTokenizer):
-    """The same text for every image, so that the contract need not know of it."""
-
-    def forward(self, images):
-        return super().forward(images, FEATURES[:1].expand(len(images), -1, -1))
-
-    def decode(self, tokens, layout=None):
-        return super().decode(tokens, layout, text=FEATURES[:1].expand(len(tokens), -1, -1))
-
-
 class TestTextAware(TokenizerContract):
-    options = TextAwareOptions(**PARTS, quantizer=SignsOptions(dim=6), text=TEXT)
+    options = ComposedOptions(**TEXT_PARTS, quantizer=SignsOptions(dim=6))
 
-    def build(self):
-        torch.manual_seed(0)
-        return WithText(self.options)
+    def context(self, batch):
+        return {"text": FEATURES[:1].expand(batch, -1, -1)}
 
 
 @pytest.mark.parametrize("options", [TestTextAware.options, TEXT_AWARE], ids=["tokenizer", "autoencoder"])
@@ -192,4 +183,4 @@ def test_the_text_matters_and_must_be_there(options):
     with pytest.raises(UserError, match=r"^a text-aware decoder needs text features \(3, 5, 6\), got none$"):
         model.decode(codes)
     with pytest.raises(UserError, match=r"^a text-aware decoder needs text features \(3, 5, 6\), got \(2, 5, 6\)$"):
-        model(images(), text(2))
+        model(images(), text=text(2))

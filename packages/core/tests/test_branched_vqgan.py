@@ -166,7 +166,8 @@ def test_features_come_with_the_reconstructions_and_reach_the_encoder():
     tokenizer = TestFeaturePredicting.options.build().train()
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     output = tokenizer(images)
-    assert {name: value.shape for name, value in output.features.items()} == {"sem": (2, 17, 16)}
+    shapes = {name: tuple(value.shape) for name, value in output.features.items()}
+    assert shapes == {"latent": (2, 4, 4, 6), "sem": (2, 17, 16)}
     output.features["sem"][:, 0].pow(3).sum().backward()
     gradients = {name: branch.to_code.weight.grad for name, branch in tokenizer.encoder.branches.items()}
     assert bool((gradients["sem"] != 0).any())

@@ -6,13 +6,11 @@ runners. A case without a runner, or a stage that its runner does not give, fail
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
 
-from smalti.core.testing import parity
+from smalti.core.testing.parity import check_case, chosen_cases, load_runners
 
 FOLDER = Path(__file__).parent / "parity"
 FAMILIES = (
@@ -53,10 +51,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "path" not in metafunc.fixturenames:
         return
     folder = metafunc.config.getoption("--parity-cases", default=None)
-    paths = [*FOLDER.glob("*.json.gz"), *(Path(folder).glob("*.json*") if folder else ())]
-    chosen = {path.name.split(".json")[0]: path for path in paths}  # a case of the folder goes before ours of its name
-    mine = {name: path for name, path in sorted(chosen.items()) if name.startswith(FAMILIES)}
-    marked = [pytest.param(path, id=name, marks=_marks(name)) for name, path in mine.items()]
+    cases = chosen_cases(FOLDER, folder, FAMILIES)
+    marked = [pytest.param(path, id=name, marks=_marks(name)) for name, path in cases.items()]
     metafunc.parametrize("path", marked)
 
 
@@ -66,23 +62,9 @@ def _marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
 
 @pytest.fixture(scope="module")
 def runners() -> dict:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        modules = [importlib.import_module(path.stem) for path in sorted(FOLDER.glob("core_parity_*.py"))]
-    finally:
-        sys.path.remove(str(FOLDER))
-    return {prefix: run for module in modules for prefix, run in module.RUNNERS.items()}
+    return load_runners(FOLDER, "core_parity_*.py")
 
 
 @pytest.mark.parity
 def test_case(path: Path, runners: dict) -> None:
-    case = parity.read_case(path)
-    matching = [prefix for prefix in runners if case["name"].startswith(prefix)]
-    assert matching, f"no runner knows the case {case['name']} ({path})"
-    found = runners[max(matching, key=len)](case, parity)
-    missing = case["outputs"].keys() - found.keys()
-    assert not missing, f"the runner gives no {', '.join(sorted(missing))}"
-    problems = {
-        stage: problem for stage, digest in case["outputs"].items() if (problem := parity.compare(digest, found[stage]))
-    }
-    assert not problems
+    check_case(path, runners)

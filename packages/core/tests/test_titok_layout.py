@@ -64,7 +64,7 @@ def test_import_and_export(text):
     model = import_checkpoint(weights)
     assert isinstance(model, Autoencoder)
     assert not model.training
-    assert model.options.name == ("text-aware" if text else "composed")
+    assert model.options.decoder.name == ("text-titok" if text else "titok")
     encoder, decoder = model.options.encoder, model.options.decoder
     assert (encoder.width, encoder.layers, encoder.heads, encoder.tokens, encoder.patch) == (128, 2, 2, 5, 2)
     assert (decoder.width, decoder.layers, decoder.heads, decoder.grid) == (64, 1, 1, (6, 6))

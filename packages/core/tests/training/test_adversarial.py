@@ -1,9 +1,16 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "toy"))
+
+from toy_training import lecam_of
 
 from smalti.core.errors import UserError
 from smalti.core.testing.processes import run_in_processes
@@ -104,12 +111,6 @@ def test_lecam_follows_its_formula(of, update):
         torch.testing.assert_close(lecam(real, fake), expected)
         averages = moved
         torch.testing.assert_close(lecam.averages, torch.tensor(averages))
-
-
-def lecam_of(rank):
-    lecam = LeCamRegularization(LeCam(decay=0.5))
-    lecam(torch.full((2,), 1.0 + 2 * rank), torch.full((2,), -4.0 * rank))
-    return lecam.averages
 
 
 def test_lecam_averages_over_processes():

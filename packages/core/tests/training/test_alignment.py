@@ -1,13 +1,19 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import nn
 
-from smalti.core import distributed
+sys.path.insert(0, str(Path(__file__).parents[1] / "toy"))
+
+from toy_training import pairs, shared_loss
+
 from smalti.core.errors import UserError
 from smalti.core.losses.alignment import AlignmentOptions
-from smalti.core.losses.contrastive import contrastive, gathered
+from smalti.core.losses.contrastive import contrastive
 from smalti.core.losses.dependency import DependencyOptions
 from smalti.core.losses.teacher import TeacherOptions
 from smalti.core.testing.processes import run_in_processes
@@ -216,19 +222,6 @@ def test_dependency_is_the_cosine_of_mean_branches(output, tokenizer):
     torch.testing.assert_close(opposite, torch.tensor(-1.0))
     with pytest.raises(UserError, match=r"^a latent of width 4 cannot be cut into 3 branches$"):
         DependencyOptions(branches=3).build().attach(tokenizer())
-
-
-def pairs():
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(2, 4, 6, generator=generator)
-
-
-def shared_loss(rank):
-    first, second = (part[2 * rank : 2 * rank + 2].clone().requires_grad_() for part in pairs())
-    loss = contrastive(gathered(first), gathered(second), 2.0)
-    loss.backward()
-    # Data-parallel training averages the gradients of the processes.
-    return loss.detach(), first.grad / distributed.world_size(), second.grad / distributed.world_size()
 
 
 def test_negatives_of_all_processes_are_those_of_the_whole_batch():

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,7 +8,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smalti.core.data.loader import Batch
+sys.path.insert(0, str(Path(__file__).parents[1] / "toy"))
+
+from toy_training import Images, replica, weights
+
 from smalti.core.errors import UserError
 from smalti.core.layout import TokenLayout
 from smalti.core.progress import Reporter
@@ -18,25 +22,6 @@ from smalti.core.training.loop import train
 from smalti.core.training.options import Perturbation, TokenizerTraining
 from smalti.core.training.perturbation import LatentPerturbation, perturbed
 from smalti.core.training.tasks import TokenizerTask
-
-
-class Images:
-    """Batches of random images that count."""
-
-    position = 0
-
-    def __next__(self):
-        self.position += 1
-        generator = torch.Generator().manual_seed(self.position)
-        images = torch.rand(4, 1, 8, 8, generator=generator) * 2 - 1
-        return Batch(*(images if name == "images" else torch.zeros(4, dtype=torch.int64) for name in Batch._fields))
-
-    def state_dict(self):
-        return {"position": self.position}
-
-    def load_state_dict(self, state):
-        self.position = state["position"]
-
 
 PATCHGAN = {"name": "patchgan", "width": 8, "layers": 1}
 # Everything that has a state or draws at random.
@@ -80,12 +65,6 @@ def run(tokenizer, options, context):
     return task, averaged
 
 
-def weights(task):
-    return {
-        f"{name}.{key}": tensor for name, model in task.models.items() for key, tensor in model.state_dict().items()
-    }
-
-
 @pytest.mark.parametrize(("stop", "first"), [(2, False), (5, True), (8, False)])
 def test_going_on_with_everything_equals_never_stopping(tokenizer, context, monkeypatch, vit_file, stop, first):
     alignment = {"name": "alignment", "teacher": {"source": str(vit_file), "image_size": 32}, "weight": 0.1}
@@ -116,20 +95,6 @@ def test_going_on_with_everything_equals_never_stopping(tokenizer, context, monk
     assert torch.equal(undisturbed.adversary.lecam.averages, resumed.adversary.lecam.averages)
     assert bool(resumed.adversary.lecam.averages.any())
     assert parts.run.metrics("test") == whole.run.metrics("test")
-
-
-def replica(rank, tokenizer, options, folder):
-    """A whole training in one of two processes."""
-    run_folder = RunFolder(Path(folder))
-    run_folder.state.mkdir(parents=True, exist_ok=True)
-    context = SimpleNamespace(
-        run=run_folder, recipe=SimpleNamespace(seed=1), device="cpu", reporter=Reporter(quiet=True)
-    )
-    batches = Images()
-    batches.position = 100 * rank
-    task = TokenizerTask(tokenizer, options)
-    train(task, batches, options, stage="test", context=context)
-    return weights(task), task.adversary.lecam.averages
 
 
 @pytest.mark.slow

@@ -132,7 +132,10 @@ class ComposedAutoencoderOptions(AutoencoderOptions):
 
 
 class ComposedAutoencoder(Autoencoder):
-    """Encoder, linear map to the moments, linear map to the decoder's width, decoder."""
+    """Encoder, linear map to the moments, linear map to the decoder's width, decoder.
+
+    `forward` and `decode` hand what a decoder needs beside the latent through to it, by name: `text=...`.
+    """
 
     def __init__(self, options: ComposedAutoencoderOptions) -> None:
         super().__init__()
@@ -158,18 +161,18 @@ class ComposedAutoencoder(Autoencoder):
         return DiagonalGaussian.from_moments(self.to_moments(self.encoder(images)))
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, **context: Tensor) -> Tensor:
         """Latents `(B, *space, D)` to images `(B, C, H, W)`."""
         check_latents(latents, self.width)
-        images: Tensor = self.decoder(self.from_latent(latents))
+        images: Tensor = self.decoder(self.from_latent(latents), **context)
         return images.clamp(-1.0, 1.0)
 
-    def forward(self, images: Tensor) -> AutoencoderOutput:
+    def forward(self, images: Tensor, **context: Tensor) -> AutoencoderOutput:
         """Encode, sample in training and take the mean else, decode."""
         posterior = self.posterior(images)
         latents = posterior.sample() if self.training else posterior.mean
         losses = divergence_losses(posterior, self.options.divergence_weight) if self.training else {}
-        return AutoencoderOutput(self.decoder(self.from_latent(latents)), posterior, losses)
+        return AutoencoderOutput(self.decoder(self.from_latent(latents), **context), posterior, losses)
 
 
 def divergence_losses(posterior: DiagonalGaussian, weight: float) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ Legend: B batch, N places of the latent, D channels that a head reads, W width o
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Annotated, Literal
 
@@ -13,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from smalti.core.backbones.positioned_transformer import PositionedTransformer
-from smalti.core.contracts import TokenizerOutput, check_images
+from smalti.core.contracts import TokenizerOutput
 from smalti.core.errors import UserError
 from smalti.core.options import Options
 from smalti.core.tokenizer import ComposedOptions, ComposedTokenizer
@@ -105,10 +106,9 @@ class FeaturePredictingTokenizer(ComposedTokenizer):
             {name: FeatureHead(head, places) for name, head in options.feature_heads.items()}
         )
 
-    def forward(self, images: Tensor) -> TokenizerOutput:
+    def forward(self, images: Tensor, **context: Tensor) -> TokenizerOutput:
         """Encode, quantize, decode, and predict features `(B, 1 + N, W)`."""
-        check_images(images, self.preprocessing.channels)
-        quantized = self.quantizer(self.to_codes(self.encoder(images)))
-        reconstructions = self.decoder(self.from_codes(quantized.latent))
-        features = {name: head(quantized.latent) for name, head in self.feature_heads.items()}
-        return TokenizerOutput(reconstructions, quantized.tokens, quantized.losses, features)
+        output = super().forward(images, **context)
+        latent = output.features["latent"]
+        features = {name: head(latent) for name, head in self.feature_heads.items()}
+        return dataclasses.replace(output, features=output.features | features)

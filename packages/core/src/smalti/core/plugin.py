@@ -113,11 +113,10 @@ def smalti_register() -> Iterator[Component]:
     yield Component("decoder", "titok", f"{here}.backbones.titok:TiTokDecoderOptions", "ViT from latent tokens (TiTok)")
     yield Component("encoder", "vit-vqgan", f"{here}.backbones.vit_vqgan:ViTVQGANEncoderOptions", "ViT to a grid")
     yield Component("decoder", "vit-vqgan", f"{here}.backbones.vit_vqgan:ViTVQGANDecoderOptions", "ViT to pixels")
-    yield Component("tokenizer", "text-aware", f"{here}.text_aware:TextAwareOptions", "1-D, decodes with a text")
-    yield Component("autoencoder", "composed", f"{here}.autoencoder:ComposedAutoencoderOptions", "encoder + decoder")
     yield Component(
-        "autoencoder", "text-aware", f"{here}.text_aware:TextAwareAutoencoderOptions", "1-D, decodes with a text"
+        "decoder", "text-titok", f"{here}.backbones.text_titok:TextTiTokDecoderOptions", "TiTok's, which reads a text"
     )
+    yield Component("autoencoder", "composed", f"{here}.autoencoder:ComposedAutoencoderOptions", "encoder + decoder")
     yield Component(
         "checkpoint",
         "vistok-titok",

@@ -40,7 +40,10 @@ class ComposedOptions(TokenizerOptions):
 
 
 class ComposedTokenizer(Tokenizer):
-    """Encoder, projection to the quantizer's width, quantizer, projection to the decoder's width, decoder."""
+    """Encoder, projection to the quantizer's width, quantizer, projection to the decoder's width, decoder.
+
+    `forward` and `decode` hand what a decoder needs beside the latent through to it, by name: `text=...`.
+    """
 
     def __init__(self, options: ComposedOptions) -> None:
         super().__init__()
@@ -60,11 +63,11 @@ class ComposedTokenizer(Tokenizer):
         size = self.preprocessing.image_size
         return self.quantizer.layout(self.encoder.latent_space(image_size or (size, size)))
 
-    def forward(self, images: Tensor) -> TokenizerOutput:
+    def forward(self, images: Tensor, **context: Tensor) -> TokenizerOutput:
         """Encode, quantize and decode."""
         check_images(images, self.preprocessing.channels)
         quantized = self.quantizer(self.to_codes(self.encoder(images)))
-        reconstructions = self.decoder(self.from_codes(quantized.latent))
+        reconstructions = self.decoder(self.from_codes(quantized.latent), **context)
         return TokenizerOutput(reconstructions, quantized.tokens, quantized.losses, {"latent": quantized.latent})
 
     @torch.no_grad()
@@ -75,10 +78,10 @@ class ComposedTokenizer(Tokenizer):
         return tokens
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor, layout: TokenLayout | None = None) -> Tensor:
+    def decode(self, tokens: Tensor, layout: TokenLayout | None = None, **context: Tensor) -> Tensor:
         """Tokens `(B, L, S)` to images `(B, C, H, W)`."""
         layout = layout or self.layout()
-        images: Tensor = self.decoder(self.from_codes(self.quantizer.decode(tokens, layout.shape[-1])))
+        images: Tensor = self.decoder(self.from_codes(self.quantizer.decode(tokens, layout.shape[-1])), **context)
         return images.clamp(-1.0, 1.0)
 
 

@@ -145,7 +145,7 @@ class _Reader(NamedTuple):
                 if isinstance(result, UserError):
                     left_out.add(record.key, result)
                     in_a_row += 1
-                    if in_a_row == len(self.dataset):
+                    if in_a_row == 2 * len(self.dataset):  # among fewer there may be no whole epoch
                         raise self._nothing(left_out.count)
                     continue
                 in_a_row = 0

@@ -14,8 +14,12 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib
 import json
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -143,3 +147,52 @@ def read_case(path: str | Path) -> dict[str, Any]:
     content = Path(path).read_bytes()
     case: dict[str, Any] = json.loads(gzip.decompress(content) if str(path).endswith(".gz") else content)
     return case
+
+
+Runner = Callable[[dict[str, Any], ModuleType], Mapping[str, torch.Tensor]]
+"""Runs a case on a model of ours, with the functions of this module, and gives the outputs by stage."""
+
+
+def chosen_cases(
+    folder: Path, further: str | Path | None, families: tuple[str, ...], elsewhere: tuple[str, ...] = ()
+) -> dict[str, Path]:
+    """The case files of some families by name; a file in `further` goes before one of its name in `folder`.
+
+    Args:
+        folder: with `NAME.json.gz`.
+        further: a folder with more of them, compressed or not.
+        families: beginnings of the names that are wanted.
+        elsewhere: beginnings of names among them that others answer for.
+    """
+    paths = [*folder.glob("*.json.gz"), *(Path(further).glob("*.json*") if further else ())]
+    found = {path.name.split(".json")[0]: path for path in paths}
+    wanted = (name for name in sorted(found) if name.startswith(families) and not name.startswith(elsewhere))
+    return {name: found[name] for name in wanted}
+
+
+def load_runners(folder: Path, pattern: str) -> dict[str, Runner]:
+    """The runners in the modules of a folder: every `RUNNERS`, by the beginning of the names they run."""
+    sys.path.insert(0, str(folder))
+    try:
+        modules = [importlib.import_module(path.stem) for path in sorted(folder.glob(pattern))]
+    finally:
+        sys.path.remove(str(folder))
+    return {prefix: run for module in modules for prefix, run in getattr(module, "RUNNERS", {}).items()}
+
+
+def check_case(path: Path, runners: Mapping[str, Runner]) -> None:
+    """Run a case by the runner with the longest prefix of its name; every stage must match.
+
+    Raises:
+        AssertionError: no runner, a stage that the runner does not give, or stages that differ, with how much.
+    """
+    case = read_case(path)
+    matching = [prefix for prefix in runners if case["name"].startswith(prefix)]
+    assert matching, f"no runner knows the case {case['name']} ({path})"
+    found = runners[max(matching, key=len)](case, sys.modules[__name__])
+    missing = case["outputs"].keys() - found.keys()
+    assert not missing, f"the runner gives no {', '.join(sorted(missing))}"
+    problems = {
+        stage: problem for stage, digest in case["outputs"].items() if (problem := compare(digest, found[stage]))
+    }
+    assert not problems, problems

@@ -47,7 +47,7 @@ class TiTokLayout(CheckpointLayout):
         if "decoder.text_guidance_proj.weight" in shapes:
             tokens = shapes["decoder.text_guidance_positional_embedding"][0]
             text_width = shapes["decoder.text_guidance_proj.weight"][1]
-            options |= {"name": "text-aware", "text": {"tokens": tokens, "width": text_width}}
+            options["decoder"] |= {"name": "text-titok", "text_tokens": tokens, "text_width": text_width}
         if shapes["encoder.conv_out.weight"][0] == 2 * width:
             return {"kind": "autoencoder", "options": {**options, "width": width}}
         codes, _ = shapes["quantize.embedding.weight"]
@@ -64,22 +64,19 @@ class TiTokLayout(CheckpointLayout):
 
     def rules(self, config: Mapping[str, Any]) -> Sequence[Rule]:
         """The names of both halves, the quantizer, and the decoder of MaskGIT's VQGAN."""
-        text = config["options"]["name"] == "text-aware"
         kl = config["kind"] == "autoencoder"
-        decoder = "decoder.decoder" if text else "decoder"
-        from_latent = "decoder.from_latent" if text else "from_latent" if kl else "from_codes"
         return [
             Rename("latent_tokens", "encoder.latents"),
             Rename("encoder.patch_embed.*", "encoder.patches.projection.*"),
             Rename("encoder.conv_out.*", "to_moments.*" if kl else "to_codes.*", pointwise=True),
             *_half_rules("encoder", "encoder"),
-            *_half_rules("decoder", decoder),
-            Rename("decoder.mask_token", f"{decoder}.mask", squeeze=1),
-            Rename("decoder.decoder_embed.*", f"{from_latent}.*"),
+            *_half_rules("decoder", "decoder"),
+            Rename("decoder.mask_token", "decoder.mask", squeeze=1),
+            Rename("decoder.decoder_embed.*", "from_latent.*" if kl else "from_codes.*"),
             Rename("decoder.text_guidance_proj.*", "decoder.from_text.*"),
-            Rename("decoder.text_guidance_positional_embedding", f"{decoder}.sequence.embedding.extra_positions"),
+            Rename("decoder.text_guidance_positional_embedding", "decoder.sequence.embedding.extra_positions"),
             Rename("quantize.embedding.weight", "quantizer.codebook"),
-            *_head_rules(config["options"]["decoder"]["head"], decoder),
+            *_head_rules(config["options"]["decoder"]["head"]),
         ]
 
 
@@ -137,17 +134,17 @@ def _proxy_head(shapes: Shapes) -> dict[str, Any]:
     return {"name": "proxy", "codes": codes, "decoder": decoder_config(shapes, PIXELS)}
 
 
-def _head_rules(head: Mapping[str, Any], decoder: str) -> list[Rule]:
+def _head_rules(head: Mapping[str, Any]) -> list[Rule]:
     if head["name"] == "pixels":
         return [
-            Rename("decoder.ffn.0.*", f"{decoder}.head.projection.*", pointwise=True),
-            Rename("decoder.conv_out.*", f"{decoder}.head.smoothing.*"),
+            Rename("decoder.ffn.0.*", "decoder.head.projection.*", pointwise=True),
+            Rename("decoder.conv_out.*", "decoder.head.smoothing.*"),
         ]
-    rules: list[Rule] = [Rename("decoder.ffn.{layer}.*", f"{decoder}.head.logits.{{layer}}.*", pointwise=True)]
+    rules: list[Rule] = [Rename("decoder.ffn.{layer}.*", "decoder.head.logits.{layer}.*", pointwise=True)]
     if head["name"] == "logits":
         return rules
     return [
         *rules,
-        Rename("pixel_quantize.embedding.weight", f"{decoder}.head.codebook"),
-        *decoder_rules(head["decoder"], PIXELS, f"{decoder}.head.decoder"),
+        Rename("pixel_quantize.embedding.weight", "decoder.head.codebook"),
+        *decoder_rules(head["decoder"], PIXELS, "decoder.head.decoder"),
     ]

@@ -149,8 +149,8 @@ def quantizer_rules(quantizer: Mapping[str, Any]) -> list[Rule]:
         Rename("quantizer.codebook.weight", codebook),
         Rename("quantizer._codebook.weight", codebook),  # in October 2024
         Rename("quantizer.codebook_proj.*", "quantizer.transform.*"),
-        Rename("quantizer.ema_sumz", "quantizer.ema.sums"),
-        Rename("quantizer.ema_sumn", "quantizer.ema.counts"),
+        Rename("quantizer.ema_sumz", "quantizer.learning.ema.sums"),
+        Rename("quantizer.ema_sumn", "quantizer.learning.ema.counts"),
     ]
 
 
