@@ -16,6 +16,8 @@ nox.options.sessions = ["lint", "types", "tests", "packages"]
 PACKAGES = ("core", "quant", "gaussian", "generation", "eval")
 # What a distribution's own tests need beside pytest: extras of core that the package does not require itself.
 EXTRAS = {"core": "[arrow,pretrained,train,turbo,test]", "eval": "[pipeline]"}
+# Trackers with many dependencies of their own, which no test needs.
+WITHOUT = ("--no-extra", "trackio", "--no-extra", "wandb")
 TEST_NEEDS = ("pytest>=8.3", "hypothesis>=6.100", "pytest-benchmark>=5.1")
 
 
@@ -29,7 +31,7 @@ def sync(session: nox.Session, *arguments: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests of the workspace; arguments go to pytest, e.g. `-- -m "not slow"`."""
-    sync(session, "--all-packages", "--all-extras", "--group", "test")
+    sync(session, "--all-packages", "--all-extras", *WITHOUT, "--group", "test")
     session.run("pytest", "-m", "not gpu", *session.posargs)
 
 
@@ -46,7 +48,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Mypy, strict, over packages and examples."""
-    sync(session, "--all-packages", "--all-extras", "--group", "types", "--group", "test")
+    sync(session, "--all-packages", "--all-extras", *WITHOUT, "--group", "types", "--group", "test")
     names = (*(f"smalti.{package}" for package in PACKAGES), "smalti_example_tokenizer")
     session.run("mypy", *(argument for name in names for argument in ("-p", name)))
 
@@ -87,7 +89,7 @@ def packages(session: nox.Session, package: str) -> None:
 @nox.session
 def benchmark(session: nox.Session) -> None:
     """Every hot path against a peer in the same run; ratios go to benchmarks.json."""
-    sync(session, "--all-packages", "--all-extras", "--group", "test", "--group", "benchmark")
+    sync(session, "--all-packages", "--all-extras", *WITHOUT, "--group", "test", "--group", "benchmark")
     raw = Path(session.create_tmp()) / "raw.json"
     session.run(
         "pytest",

@@ -164,7 +164,7 @@ def test_positions_are_compared_one_by_one(alignment, output, teacher):
     cosines = F.cosine_similarity(loss.student(latent.flatten(1, 2)), loss.teacher(images()), dim=-1)
     torch.testing.assert_close(value, 1 - cosines.mean())
     wrong, _ = alignment(feature="patches", student="positions", objective="cosine")
-    with pytest.raises(UserError, match=r"^alignment: the latent has 4 positions, the teacher 16 patches; give the te"):
+    with pytest.raises(UserError, match=r"^alignment: the latent has 4 positions, the teacher 16 patches; give the"):
         wrong(output(images(), latent=latent), images(), 0)
 
 

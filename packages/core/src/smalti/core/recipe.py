@@ -51,12 +51,14 @@ class DataSection(Options):
         validation: for judging.
         augment: what chance does to the tokenizer's training images; None fits them as its preprocessing does.
         max_undecodable: images that may be damaged, by pass over the data, before a stage gives up.
+        workers: threads of each process that decode images ahead of time; the images are the same with any number.
     """
 
     train: Annotated[DatasetOptions, Slot("dataset")]
     validation: Annotated[DatasetOptions, Slot("dataset")]
     augment: Augmentation | None = None
     max_undecodable: Annotated[int, Field(ge=0)] = 100
+    workers: Annotated[int, Field(ge=0)] = 0
 
 
 class TrainSection(Options):

@@ -2,11 +2,14 @@
 
 recipe.yaml        the resolved recipe
 tokenizer/         config.json, model.safetensors, ema.safetensors
+tokenizer-best/    the same, at the best validation so far
+images/            held-out images beside their reconstructions, by step
 tokens/            token shards (tar) and layout.json
 generator/         as tokenizer/
 samples/           samples.npz (ADM's layout) and grid.png
 evaluation/        the classifier, and what was measured in pieces
 metrics.jsonl      training curves
+tensorboard/       the same for TensorBoard, where the recipe asks for it
 summary.json, report.html
 state/             stages.json, and checkpoints that hold everything needed to go on
 """

@@ -72,6 +72,7 @@ class Tokenize(Stage):
             start + options.shard_size,
             max_undecodable=recipe.data.max_undecodable,
             warn=self.context.reporter.say,
+            workers=recipe.data.workers,
         )
         for batch in batches:
             images = batch.images.to(self.context.device)

@@ -54,6 +54,7 @@ class TrainTokenizer(Stage):
             max_undecodable=recipe.data.max_undecodable,
             warn=context.reporter.say,
             augment=recipe.data.augment,
+            workers=recipe.data.workers,
         )
         averaged = train(task, batches, options, stage=self.name, context=context)
         if distributed.rank() == 0:
