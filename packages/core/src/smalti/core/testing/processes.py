@@ -6,6 +6,8 @@ Starting processes takes seconds, so they live on and serve the next call; they 
 from __future__ import annotations
 
 import atexit
+import importlib.util
+import inspect
 import multiprocessing
 import os
 import pickle
@@ -37,7 +39,7 @@ def run_in_processes(
     `function` must leave as it finds it.
 
     Args:
-        function: importable (a module-level function); it may use the process group, which is set up.
+        function: of a module's top level, also of a test module; it may use the process group, which is set up.
         arguments: picklable, as are the results.
         processes: size of the group.
         timeout: seconds that the call may take.
@@ -48,7 +50,8 @@ def run_in_processes(
         TimeoutError: the processes did not finish in time.
     """
     global _group  # noqa: PLW0603
-    call = pickle.dumps((function, arguments))
+    # Test modules have names by which only pytest can import them: their file goes along.
+    call = pickle.dumps((function.__module__, inspect.getsourcefile(function), pickle.dumps((function, arguments))))
     started_for = (processes, _surroundings())
     if _group is None or _group.started_for != started_for:
         _end_group()
@@ -153,12 +156,26 @@ def _serve(rank: int, size: int, folder: str, pipe: Connection[bytes, bytes]) ->
             torch.manual_seed(0)
             random.seed(rank)
             np.random.seed(rank)
-            function, arguments = pickle.loads(call)
+            module, path, content = pickle.loads(call)
+            _import(module, path)
+            function, arguments = pickle.loads(content)
             reply = pickle.dumps((function(rank, *arguments), None))
             dist.barrier()  # a collective that the others never joined is this call's error, not the next one's
         except Exception:  # noqa: BLE001
             reply = pickle.dumps((None, traceback.format_exc()))
         pipe.send_bytes(reply)
+
+
+def _import(module: str, path: str) -> None:
+    """Import a module by its name, or else from its file."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError:
+        spec = importlib.util.spec_from_file_location(module, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[module] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[module])
 
 
 def _end_with_parent() -> None:
