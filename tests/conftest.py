@@ -35,7 +35,9 @@ OUTPUTS = ("recipe.yaml", "tokenizer", "tokens", "generator", "samples", "metric
 
 
 @pytest.fixture(autouse=True)
-def fresh_registry():
+def fresh_registry(monkeypatch):
+    """What is installed, without the toy plugin, whose folder tests of core leave on the import path."""
+    monkeypatch.setenv("SMALTI_PLUGINS", "-toy")
     registry.cache_clear()
     yield
     registry.cache_clear()
