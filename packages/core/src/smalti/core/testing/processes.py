@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -171,6 +172,10 @@ def _import(module: str, path: str) -> None:
     try:
         importlib.import_module(module)
     except ModuleNotFoundError:
+        *parents, _ = module.split(".")
+        for depth in range(len(parents)):  # pickle asks for the first of them
+            name = ".".join(parents[: depth + 1])
+            sys.modules.setdefault(name, ModuleType(name))
         spec = importlib.util.spec_from_file_location(module, path)
         assert spec is not None
         assert spec.loader is not None
