@@ -1,37 +1,11 @@
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smalti.core.backbones.positions import resampled, sincos_2d
+from smalti.core.backbones.positions import resampled
 from smalti.core.errors import UserError
-
-
-@settings(deadline=None, max_examples=20)
-@given(height=st.integers(1, 5), width=st.integers(1, 5), quarter=st.integers(1, 4))
-def test_sincos_by_definition(height, width, quarter):
-    table = sincos_2d(height, width, 4 * quarter)
-    assert table.shape == (1, height * width, 4 * quarter)
-    assert table.dtype == torch.float32
-    for row in range(height):
-        for column in range(width):
-            expected = [
-                function(place / 10000 ** (index / quarter))
-                for place in (column, row)
-                for function in (math.sin, math.cos)
-                for index in range(quarter)
-            ]
-            torch.testing.assert_close(table[0, row * width + column], torch.tensor(expected))
-
-
-def test_sincos_needs_a_width_in_fours():
-    with pytest.raises(
-        UserError, match=r"^a sine and cosine table over a grid needs a width that is a multiple of 4, got 6$"
-    ):
-        sincos_2d(2, 2, 6)
 
 
 def test_a_table_that_fits_stays_itself():

@@ -1,4 +1,4 @@
-"""Position tables of token grids: fixed sine and cosine tables, and learned ones brought to another grid.
+"""Learned position tables of token grids, brought to another grid.
 
 Legend: N positions, D width, h w grid.
 """
@@ -12,26 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smalti.core.errors import UserError
-
-
-def sincos_2d(height: int, width: int, dim: int) -> Tensor:
-    """The table `(1, height * width, dim)` of sines and cosines of row and column, rows first.
-
-    The first half of the channels tells the column, the second the row; each half holds the sines of all
-    frequencies `10000 ** (-4 i / dim)`, then the cosines (MAE, He et al. 2022).
-
-    Raises:
-        UserError: `dim` is no multiple of 4.
-    """
-    if dim % 4:
-        raise UserError(f"a sine and cosine table over a grid needs a width that is a multiple of 4, got {dim}")
-    rates = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    row, column = torch.meshgrid(
-        torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij"
-    )
-    angles = [place.reshape(-1, 1) * rates for place in (column, row)]
-    table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
-    return table[None].float()
 
 
 def resampled(
