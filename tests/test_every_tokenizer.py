@@ -53,6 +53,19 @@ BRANCHED = {
 }
 FACTORIZED = {"name": "factorized", "quantizers": [VQ], "branches": 2, "disentanglement_weight": 0.1}
 
+STACK = {"layers": 1, "heads": 2, "points": 2}
+EMBED = {"gaussians": 12, "width": 32, "encoder": STACK, "attention": STACK}
+
+
+def gaussians(quantizer: dict, **embed: object) -> dict:
+    parts = vqgan(
+        quantizer,
+        {**PLAIN, "downsampling": "symmetric", "last_kernel": 1},
+        {**PLAIN, "upsampling": "shuffle", "adaptive": True, "latent_width": 4},
+    )
+    return parts | {"name": "gaussiantoken", "embed": {**EMBED, **embed}, "geometry_bits": 16}
+
+
 SYSTEMS = {
     "vq-vae": composed(SIMPLE, {"name": "fsq", "levels": [5, 5, 5]}, SIMPLE),
     "llamagen": vqgan(VQ),
@@ -98,6 +111,16 @@ SYSTEMS = {
         {"name": "titok", **SEQUENCE, "tokens": 6, "patch": 4},
         VQ,
         {"name": "token-cnn", "width": 16, "tokens": 6, "grid": [4, 4], "channels": 32, "multipliers": [1, 1, 1]},
+    ),
+    "gaussiantoken": gaussians(
+        {**VQ, "cosine": False, "estimator": "rotation"}, operations=["attention", "feed-forward", "refine"]
+    ),
+    "gaussiantoken-residual": gaussians(
+        {"name": "residual", "quantizers": [{**VQ, "cosine": False}], "depth": 2},
+        operations=["sparse-convolution", "attention", "feed-forward", "refine"] * 2,
+        share=True,
+        opacity=True,
+        learn_features=True,
     ),
     "ta-titok": {
         "name": "composed",

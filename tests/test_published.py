@@ -17,6 +17,10 @@ FOLDER = Path(__file__).parent / "parity"
 FAMILIES = (
     "fqgan-dual-",
     "fqgan-triple-",
+    "gaussiantoken-cifar",
+    "gaussiantoken-embed-options",
+    "gaussiantoken-imagenet",
+    "gaussiantoken-mini-",
     "llamagen-vq-",
     "maskgitvq-",
     "quant-ibq-16384",

@@ -36,8 +36,8 @@ def test_the_recipe_says_where_it_is_from(name):
         return
     assert recipe.source
     assert recipe.seed in (0, 23, 42, 8888)
-    assert recipe.figures or "stage1" in name
-    assert recipe.tokenizer.preprocessing.image_size in (64, 128, 256)
+    assert recipe.figures or "stage1" in name or "mini-imagenet" in name
+    assert recipe.tokenizer.preprocessing.image_size in (32, 64, 128, 256)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "checkpoint" in SHIPPED[name]])

@@ -1,4 +1,4 @@
-"""Every parity case of a training part that needs the quantizers: losses over codes, whole training passes.
+"""Every parity case of training and judging that needs several packages: losses over codes, whole passes, schedules.
 
 A case is run by the runner with the longest prefix of its name; the modules `parity/training_*.py` hold the runners.
 A case without a runner, or a stage that its runner does not give, fails.
@@ -13,7 +13,7 @@ import pytest
 from smalti.core.testing.parity import check_case, chosen_cases, load_runners
 
 FOLDER = Path(__file__).parent / "parity"
-FAMILIES = ("fqgan-training-losses", "xqgan-training-forward")
+FAMILIES = ("fqgan-training-losses", "gaussiantoken-metrics", "gaussiantoken-schedules", "xqgan-training-forward")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -16,6 +16,8 @@ MODELS = {
     "fqgan-dual-ds8-layout": "fqgan-dual-ds8",
     "fqgan-triple-ds16": "fqgan-triple-ds16",
     "fqgan-triple-ds8-layout": "fqgan-triple-ds8",
+    "gaussiantoken-cifar": "gaussiantoken-cifar-f4-gs64-cb1024",
+    "gaussiantoken-imagenet-layout": "gaussiantoken-imagenet-f16-gs256-cb1024",
     "llamagen-vq-ds16": "llamagen-vq-ds16",
     "llamagen-vq-ds8": "llamagen-vq-ds8",
     "maskgitvq-full": "maskgit-vqgan",

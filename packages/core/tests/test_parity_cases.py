@@ -16,7 +16,6 @@ FOLDER = Path(__file__).parent / "parity"
 FAMILIES = (
     "fqgan-image-pipeline",
     "gaussiantoken-losses",
-    "gaussiantoken-schedules",
     "llamagen-lpips",
     "llamagen-patchgan",
     "llamagen-stylegan-disc",

@@ -84,6 +84,29 @@ def test_pictures_tokens_and_metrics(smalti, saved, tokenizer, pictures, tmp_pat
     assert np.abs(difference).max() <= 1
 
 
+def test_a_drawing_of_the_tokens_is_the_third_picture(tokenizer, pictures, tmp_path, monkeypatch):
+    def draw(tokens, layout, size):
+        assert tokens.shape[1] == layout.positions
+        return torch.full((len(tokens), 3, *size), 7, dtype=torch.uint8)
+
+    monkeypatch.setattr(type(tokenizer), "drawings", {"sevens": draw})
+    out = tmp_path / "out"
+    reconstruct(tokenizer, [pictures], out, None, 8, "sevens")
+    strip = picture(out / "0000-a.png")
+    assert strip.shape == (128, 3 * 128 + 2 * GAP, 3)
+    assert (strip[:, -128:] == 7).all()
+    assert picture(out / "grid.png").shape == (128, 9 * 128 + 8 * GAP, 3)
+    plain = tmp_path / "plain"
+    reconstruct(tokenizer, [pictures], plain)
+    assert np.array_equal(picture(plain / "0000-a.png"), strip[:, : -128 - GAP])
+
+
+def test_a_drawing_that_it_does_not_have(tokenizer, pictures, tmp_path):
+    with pytest.raises(UserError) as caught:
+        reconstruct(tokenizer, [pictures], tmp_path / "out", None, 8, "gaussians")
+    assert str(caught.value) == "ComposedTokenizer has no drawing 'gaussians' of its tokens; it has: none"
+
+
 def test_batches_do_not_matter(tokenizer, pictures, tmp_path):
     for size in (1, 3):
         reconstruct(tokenizer, [pictures], tmp_path / f"by{size}", None, size)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from smalti.core.errors import UserError
-from smalti.eval.pairwise import PSNR_CAP, psnr, ssim
+from smalti.eval.pairwise import PSNR_CAP, pooled_psnr, psnr, ssim
 
 
 def naive_ssim(x, y):
@@ -43,6 +43,26 @@ def test_ssim_is_that_of_a_loop_over_windows(pair):
     x, y = (images.double().numpy() + 1) / 2, (others.double().numpy() + 1) / 2
     expected = [np.mean([naive_ssim(x[i, c], y[i, c]) for c in range(2)]) for i in range(3)]
     np.testing.assert_allclose(ssim(images, others).numpy(), expected, rtol=1e-9)
+
+
+def test_pooled_psnr_is_that_of_one_large_image(pair):
+    images, others = pair
+    side_by_side = [torch.cat([*pixels], dim=-1)[None] for pixels in pair]
+    torch.testing.assert_close(pooled_psnr(images, others), psnr(*side_by_side)[0])
+    assert pooled_psnr(images, others) < psnr(images, others).mean()
+
+
+def test_ssim_with_a_uniform_window_has_unbiased_moments(pair):
+    images, others = pair
+    x, y = ((pixels[0, 0].double().numpy() + 1) / 2 for pixels in pair)
+    found = []
+    for top in range(x.shape[0] - 6):
+        for left in range(x.shape[1] - 6):
+            a, b = (plane[top : top + 7, left : left + 7].ravel() for plane in (x, y))
+            moments = np.cov(a, b)  # divided by n - 1
+            numerator = (2 * a.mean() * b.mean() + 1e-4) * (2 * moments[0, 1] + 9e-4)
+            found.append(numerator / ((a.mean() ** 2 + b.mean() ** 2 + 1e-4) * (moments.trace() + 9e-4)))
+    assert ssim(images[:1, :1], others[:1, :1], window="uniform").item() == pytest.approx(np.mean(found), rel=1e-9)
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim])

@@ -26,9 +26,12 @@ def test_operators_are_imported_on_first_use():
         _ = smalti.gaussian.splat
 
 
-def test_plugin_loads_and_names_no_component():
+def test_plugin_names_its_components():
     plugin = next(plugin for plugin in registry().plugins() if plugin.name == "gaussian")
-    assert (plugin.status, plugin.components) == ("loaded", [])
+    assert plugin.status == "loaded"
+    assert {("tokenizer", "gaussiantoken"), ("checkpoint", "gaussiantoken")} <= {
+        (component.kind, component.name) for component in plugin.components
+    }
 
 
 def test_readme_example_renders_an_image(tmp_path, monkeypatch):

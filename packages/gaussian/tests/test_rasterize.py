@@ -8,10 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalti.core.errors import UserError
-from smalti.gaussian import rasterize_gaussians_2d
+from smalti.gaussian import backends, rasterize_gaussians_2d
+from smalti.gaussian.ellipses import from_scales
+from smalti.gaussian.projection import project
 
 NAMES = ("means", "scales", "rotations", "features", "opacities")
-BACKENDS = ["tiles", "reference"]
+BACKENDS = ["tiles", "numba", "reference"]
+FAST = ["tiles", "numba"]
+COMPOSITING = ["sum", "over"]
 
 
 def _assert_same(got, expected, tolerance):
@@ -45,39 +49,172 @@ def test_one_gaussian_follows_the_formula(backend):
     assert image[0, :, 9, 15].tolist() == pytest.approx([2 * alpha, -3 * alpha], rel=1e-12)
 
 
+def _upstream(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("compositing", COMPOSITING)
 @pytest.mark.parametrize(
     "settings_",
     [{}, {"min_alpha": 0.0, "cull_sigmas": math.inf}, {"pixel_center": 0.5, "min_alpha": 0.05, "cull_sigmas": 1.0}],
     ids=["original", "uncut", "other"],
 )
-def test_gradcheck(random_gaussians, backend, settings_):
+def test_gradcheck(random_gaussians, backend, compositing, settings_):
     gaussians = random_gaussians(images=2, gaussians=4, channels=2, seed=3)
     leaves = [gaussians[name].requires_grad_() for name in NAMES]
-    upstream = torch.randn(2, 2, 9, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    upstream, options = _upstream(2, 2, 9, 40), {"backend": backend, "compositing": compositing, **settings_}
 
     def loss(*inputs):
-        return (upstream * rasterize_gaussians_2d(*inputs, 9, 40, backend=backend, **settings_)).sum()
+        return (upstream * rasterize_gaussians_2d(*inputs, 9, 40, **options)).sum()
 
     assert torch.autograd.gradcheck(loss, leaves, eps=1e-7, atol=1e-5)
 
 
-def test_reference_has_second_derivatives(random_gaussians):
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", ["cholesky", "covariances"])
+def test_gradcheck_of_other_shapes(random_gaussians, backend, shape):
+    gaussians = random_gaussians(gaussians=3, channels=2, seed=4)
+    entries = torch.tensor([[[2.0, 1.5, 3.0], [3.0, -2.0, 1.5], [1.0, 0.3, 4.0]]], dtype=torch.float64)
+    entries[..., 0] *= torch.tensor((1, 1, -1) if shape == "cholesky" else (1, 2, 1))
+    leaves = [entries, *(gaussians[name] for name in ("means", "features", "opacities"))]
+    upstream = _upstream(1, 2, 20, 18)
+
+    def loss(entries, means, features, opacities):
+        image = rasterize_gaussians_2d(
+            means, None, None, features, opacities, 20, 18, min_alpha=0.0, backend=backend, **{shape: entries}
+        )
+        return (upstream * image).sum()
+
+    assert loss(*leaves) != 0
+    assert torch.autograd.gradcheck(loss, [leaf.requires_grad_() for leaf in leaves], eps=1e-7, atol=1e-5)
+
+
+def test_the_three_shapes_are_one(random_gaussians):
+    gaussians = random_gaussians(gaussians=6, largest_scale=9.0)
+    means, scales, rotations, features, opacities = gaussians.values()
+    cos, sin = rotations.cos(), rotations.sin()
+    turn = torch.stack((torch.stack((cos, sin), -1), torch.stack((-sin, cos), -1)), -2)
+    matrices = turn @ torch.diag_embed(scales.square()) @ turn.mT
+    factors = torch.linalg.cholesky(matrices)
+    signs = torch.tensor((-1.0, 1.0), dtype=torch.float64)  # columns of the factor may have either sign
+    lower = (0, 1, 1), (0, 0, 1)
+    expected = rasterize_gaussians_2d(*gaussians.values(), 30, 40)
+    for shape in ({"covariances": matrices[..., *lower]}, {"cholesky": (factors * signs)[..., *lower]}):
+        image = rasterize_gaussians_2d(means, None, None, features, opacities, 30, 40, **shape)
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("compositing", COMPOSITING)
+def test_reference_has_second_derivatives(random_gaussians, compositing):
     leaves = [value.requires_grad_() for value in random_gaussians(gaussians=2, channels=1).values()]
-    assert torch.autograd.gradgradcheck(
-        lambda *x: rasterize_gaussians_2d(*x, 5, 6, min_alpha=0.0, cull_sigmas=math.inf, backend="reference"), leaves
+    options = {"min_alpha": 0.0, "cull_sigmas": math.inf, "backend": "reference", "compositing": compositing}
+    assert torch.autograd.gradgradcheck(lambda *x: rasterize_gaussians_2d(*x, 5, 6, **options), leaves)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_other_backends_refuse_second_derivatives(random_gaussians, backend):
+    leaves = [value.requires_grad_() for value in random_gaussians().values()]
+    image = rasterize_gaussians_2d(*leaves, 8, 8, backend=backend)
+    gradients = torch.autograd.grad(image.square().sum(), leaves, create_graph=True)
+    with pytest.raises(UserError) as caught:
+        gradients[0].sum().backward()
+    assert str(caught.value) == "the rasterizer is differentiable once; backend='reference' is so any number of times"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compositing_is_front_to_back(backend):
+    # Four wide Gaussians of opacities ½, 2 (limited to 0.999), 0.9, 1: the third leaves less than 1e-4, so it and
+    # all behind it are not drawn.
+    means, wide = torch.zeros(1, 4, 2), torch.full((1, 4, 2), 1e10)
+    features = torch.eye(4)[None]
+    opacities = torch.tensor([[0.5, 2.0, 0.9, 1.0]])
+    image = rasterize_gaussians_2d(
+        means, wide, torch.zeros(1, 4), features, opacities, 5, 20, compositing="over", backend=backend
+    )
+    expected = torch.tensor([0.5, 0.5 * 0.999, 0.0, 0.0])
+    torch.testing.assert_close(image[0], expected[:, None, None].expand(4, 5, 20))
+
+
+def test_compositing_may_leave_a_little_light():
+    inputs = [torch.zeros(1, 3, 2), torch.full((1, 3, 2), 1e10), torch.zeros(1, 3), torch.eye(3)[None]]
+    opacities = torch.tensor([[0.99, 0.98, 0.4]])
+    image = rasterize_gaussians_2d(*inputs, opacities, 4, 4, compositing="over")
+    assert image[0, :, 0, 0].tolist() == pytest.approx([0.99, 0.01 * 0.98, 0.01 * 0.02 * 0.4], rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("compositing", COMPOSITING)
+def test_operators_pass_opcheck(random_gaussians, backend, compositing):
+    means, scales, rotations, features, opacities = random_gaussians(images=2, gaussians=4, channels=2).values()
+    projection = project(means, from_scales(scales, rotations), 9, 20)
+    tensors = [projection.centers, projection.whitening, features, opacities]
+    settings_ = (0.0, 1 / 255, compositing == "over", backend)
+    image, upstream = torch.zeros(2, 2, 9, 20, dtype=torch.float64), _upstream(2, 2, 9, 20)
+    backward = (*tensors, projection.boxes, *settings_, image, upstream)
+    torch.library.opcheck(torch.ops.smalti.rasterize_gaussians_backward.default, backward)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    forward = (*leaves, projection.boxes, 9, 20, *settings_)
+    torch.library.opcheck(torch.ops.smalti.rasterize_gaussians.default, forward)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"backend": "reference"}, marks=pytest.mark.slow),
+        {"backend": "tiles", "compositing": "over"},
+        {"backend": "numba", "gradient": "published"},
+    ],
+    ids=str,
+)
+def test_compiles_without_graph_breaks(random_gaussians, options):
+    leaves = [value.float().requires_grad_() for value in random_gaussians(gaussians=6, channels=2).values()]
+    compiled = torch.compile(
+        lambda *inputs: rasterize_gaussians_2d(*inputs, 12, 20, **options), fullgraph=True, backend="aot_eager"
+    )
+    results = []
+    for function in (compiled, lambda *inputs: rasterize_gaussians_2d(*inputs, 12, 20, **options)):
+        image = function(*leaves)
+        results.append([image, *torch.autograd.grad(image.square().sum(), leaves)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_unchecked_values_that_are_not_finite_draw_nothing(random_gaussians, monkeypatch):
+    gaussians = random_gaussians(gaussians=5)
+    expected = rasterize_gaussians_2d(*(value[:, 4:] for value in gaussians.values()), 12, 20)
+    for index, name in enumerate(("means", "scales", "rotations", "opacities")):
+        gaussians[name][:, index] = (math.nan, math.inf)[index % 2]
+    monkeypatch.setattr("smalti.gaussian.rasterize.check_values", lambda given: None)  # as on a GPU
+    torch.testing.assert_close(rasterize_gaussians_2d(*gaussians.values(), 12, 20), expected)
+
+
+def test_backends_by_themselves(random_gaussians, monkeypatch):
+    assert backends.choose(None, torch.device("cpu")) == "numba"
+    assert backends.choose(None, torch.device("meta")) == "tiles"
+    monkeypatch.setattr(backends, "_MISSING", {"numba"})
+    assert backends.choose(None, torch.device("cpu")) == "tiles"
+    with pytest.raises(UserError) as caught:
+        rasterize_gaussians_2d(*random_gaussians().values(), 8, 8, backend="numba")
+    assert str(caught.value) == (
+        "backend 'numba' needs numba, which is not installed: pip install smalti-gaussian[cpu]"
     )
 
 
-def test_tiles_refuse_second_derivatives(random_gaussians):
-    leaves = [value.requires_grad_() for value in random_gaussians().values()]
-    gradients = torch.autograd.grad(rasterize_gaussians_2d(*leaves, 8, 8).square().sum(), leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradients[0].sum().backward()
+@pytest.mark.parametrize("compositing", COMPOSITING)
+def test_threads_change_no_byte(random_gaussians, render_with_gradients, compositing):
+    gaussians = {name: value.float() for name, value in random_gaussians(images=2, gaussians=300).items()}
+    options = {"backend": "numba", "compositing": compositing}
+    alone = render_with_gradients(gaussians, 100, 90, **options)
+    torch.set_num_threads(3)
+    for name, value in render_with_gradients(gaussians, 100, 90, **options).items():
+        assert torch.equal(value, alone[name]), name
 
 
 @settings(deadline=None, max_examples=40)
 @given(
+    backend=st.sampled_from(FAST),
+    compositing=st.sampled_from(COMPOSITING),
     images=st.integers(1, 3),
     gaussians=st.sampled_from([0, 1, 3, 20, 90]),
     channels=st.integers(1, 5),
@@ -91,9 +228,11 @@ def test_tiles_refuse_second_derivatives(random_gaussians):
     double=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_tiles_equal_the_reference(
+def test_backends_equal_the_reference(
     random_gaussians,
     render_with_gradients,
+    backend,
+    compositing,
     images,
     gaussians,
     channels,
@@ -114,9 +253,14 @@ def test_tiles_equal_the_reference(
         inputs["opacities"][:, 1] = 0
         inputs["means"][:, 2] = torch.tensor([40.0, -1.0])
     inputs = {name: value.to(torch.float64 if double else torch.float32) for name, value in inputs.items()}
-    options = {"pixel_center": pixel_center, "min_alpha": min_alpha, "cull_sigmas": cull_sigmas}
+    options = {
+        "compositing": compositing,
+        "pixel_center": pixel_center,
+        "min_alpha": min_alpha,
+        "cull_sigmas": cull_sigmas,
+    }
     expected = render_with_gradients(inputs, height, width, backend="reference", **options)
-    got = render_with_gradients(inputs, height, width, backend="tiles", **options)
+    got = render_with_gradients(inputs, height, width, backend=backend, **options)
     assert got["image"].shape == (images, channels, height, width)
     _assert_same({"image": got["image"]}, {"image": expected.pop("image")}, 1e-12 if double else 2e-6)
     # The gradients of wide ellipses are small sums of large terms: float32 leaves them fewer digits.
@@ -189,9 +333,12 @@ def test_culling_leaves_out_whole_blocks(backend):
     assert whole[..., 32:].any()
 
 
-def test_same_bytes_every_time(random_gaussians, render_with_gradients):
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("compositing", COMPOSITING)
+def test_same_bytes_every_time(random_gaussians, render_with_gradients, backend, compositing):
     gaussians = {name: value.float() for name, value in random_gaussians(images=2, gaussians=200).items()}
-    first, second = (render_with_gradients(gaussians, 70, 90) for _ in range(2))
+    options = {"backend": backend, "compositing": compositing}
+    first, second = (render_with_gradients(gaussians, 70, 90, **options) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
@@ -208,13 +355,25 @@ def test_autocast_changes_nothing(random_gaussians, render_with_gradients, backe
         assert torch.equal(got, value), name
 
 
-def test_backward_of_tiles_ignores_autocast(random_gaussians, render_with_gradients):
+@pytest.mark.parametrize("backend", FAST)
+def test_backward_ignores_autocast(random_gaussians, render_with_gradients, backend):
     gaussians = {name: value.float() for name, value in random_gaussians(gaussians=20).items()}
-    plain = render_with_gradients(gaussians, 20, 40)
+    plain = render_with_gradients(gaussians, 20, 40, backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = render_with_gradients(gaussians, 20, 40)
+        mixed = render_with_gradients(gaussians, 20, 40, backend=backend)
     for name, value in plain.items():
         assert torch.equal(mixed[name], value), name
+
+
+def test_autocast_takes_half_precision(random_gaussians):
+    gaussians = {name: value.float() for name, value in random_gaussians().items()}
+    gaussians["features"] = gaussians["features"].bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        image = rasterize_gaussians_2d(*gaussians.values(), 20, 40)
+    assert image.dtype == torch.float32
+    (gradient,) = torch.autograd.grad(image.sum(), gaussians["features"])
+    assert gradient.dtype == torch.bfloat16
+    assert gradient.any()
 
 
 def _inputs(**changes):
@@ -261,7 +420,34 @@ def _inputs(**changes):
         ({"pixel_center": math.nan}, "pixel_center must be finite, got nan"),
         ({"min_alpha": 1.5}, "min_alpha must lie in [0, 1], got 1.5"),
         ({"cull_sigmas": 0}, "cull_sigmas must be greater than 0 (math.inf turns culling off), got 0"),
-        ({"backend": "cuda"}, "backend must be one of tiles, reference, got 'cuda'"),
+        ({"backend": "cuda"}, "backend must be one of tiles, numba, triton, reference, got 'cuda'"),
+        ({"compositing": "under"}, "compositing must be one of sum, over, got 'under'"),
+        ({"gradient": "true"}, "gradient must be one of exact, published, got 'true'"),
+        (
+            {"gradient": "published", "compositing": "over"},
+            "gradient='published' is that of compositing='sum'; with 'over' only 'exact' exists",
+        ),
+        (
+            {"rotations": None},
+            "give either scales and rotations, or cholesky, or covariances, and None for others: got scales",
+        ),
+        (
+            {"cholesky": torch.ones(2, 4, 3)},
+            "give either scales and rotations, or cholesky, or covariances, and None for others: got scales, "
+            "rotations, cholesky",
+        ),
+        (
+            {"scales": None, "rotations": None},
+            "give either scales and rotations, or cholesky, or covariances, and None for others: got none of them",
+        ),
+        (
+            {"scales": None, "rotations": None, "cholesky": torch.ones(2, 4, 2)},
+            "cholesky must have the shape [2, 4, 3] to go with the means, got [2, 4, 2]",
+        ),
+        (
+            {"scales": None, "rotations": None, "covariances": torch.tensor([1.0, 2.0, 3.0]).expand(2, 4, 3)},
+            "covariances must be positive definite, got (xx, xy, yy) = (1.0, 2.0, 3.0)",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -278,3 +464,23 @@ def test_nothing_to_draw(random_gaussians, render_with_gradients, backend, image
     assert got["image"].shape == (images, 3, 5, 40)
     assert not got["image"].any()
     assert got["means"].shape == (images, gaussians, 2)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_one_pixel_and_many(random_gaussians, backend):
+    means, scales, rotations, features, opacities = (
+        value.float() for value in random_gaussians(gaussians=8, channels=1).values()
+    )
+    inputs = (means, scales, rotations, features, opacities)
+    one = rasterize_gaussians_2d(*inputs, 1, 1, backend=backend)
+    torch.testing.assert_close(one, rasterize_gaussians_2d(*inputs, 1, 1, backend="reference"))
+    image = rasterize_gaussians_2d(*inputs, 4096, 4096, backend=backend)
+    inside = [i for i in range(8) if means[0, i].abs().max() < 0.99]
+    assert inside
+    x, y = (2048 * (means[0, inside[0]] + 1)).int().tolist()
+    drawn = image[:, :, y - 8 : y + 9, x - 8 : x + 9]
+    center = 2048 * (means[:, inside[:1]] + 1) - torch.tensor((x - 8, y - 8))
+    expected = rasterize_gaussians_2d(
+        2 * center / 17 - 1, *(value[:, inside[:1]] for value in inputs[1:]), 17, 17, backend="reference"
+    )
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-3)

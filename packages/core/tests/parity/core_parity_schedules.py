@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from smalti.core.training.ema import EMA, ema_decay
-from smalti.core.training.falling_bound import FallingBound
 from smalti.core.training.options import Optimization
 from smalti.core.training.schedule import multiplier, weight_decay
 
@@ -96,43 +94,4 @@ def var(case: Case, parity: ModuleType) -> Stages:
     return found
 
 
-def gaussiantoken(case: Case, parity: ModuleType) -> Stages:
-    config = dict(case["config"])
-    peak, epochs, warmup = config.pop("lr"), config.pop("num_epochs"), config.pop("warmup_epochs")
-    per_epoch = config.pop("updates_per_epoch")
-    optimization = _optimization(
-        steps=epochs * per_epoch + 1,
-        warmup_steps=warmup * per_epoch,
-        warmup_from=config.pop("warmup_lr") / peak,
-        final_ratio=config.pop("min_lr") / peak,
-        schedule_under_warmup=True,
-    )
-    limits = config.pop("range")
-    inputs = parity.fill_case_inputs(case)
-    start, *weights = (inputs[f"w{k}"] for k in range(51))
-    found = {
-        "lr": peak * _multipliers(optimization, GAUSSIANTOKEN_UPDATES),
-        "ema_change": _averaged(start, weights, config.pop("ema_decay"), "none") - start,
-        "range": torch.stack([_bounds(final, limits) for final in (3.0, 3.995)]),
-    }
-    assert not config, config
-    return found
-
-
-GAUSSIANTOKEN_UPDATES = [0, 1, 2, 50, 99, 100, 101, 150, 500, 1500, 2500, 2990, 2999, 3000, 3001, 3060]
-
-
-def _bounds(final: float, limits: dict[str, float]) -> Tensor:
-    assert limits.keys() == {"decay_rate", "ema_alpha", "min_delta"}, limits
-    bound = FallingBound(
-        4.0, final, lowest=0.1, rate=limits["decay_rate"], step=limits["min_delta"], share=limits["ema_alpha"]
-    )
-    found = []
-    for update in range(1000):
-        bound.update(torch.tensor(2.0 + 1.8 * math.sin(update / 60)))
-        if update % 50 == 49:
-            found.append(bound.bound.clone())
-    return torch.stack(found)
-
-
-RUNNERS = {"vistok-schedules-ema": vistok, "var-lr-schedules": var, "gaussiantoken-schedules": gaussiantoken}
+RUNNERS = {"vistok-schedules-ema": vistok, "var-lr-schedules": var}

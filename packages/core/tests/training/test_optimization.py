@@ -9,7 +9,6 @@ from pydantic import ValidationError
 from torch import nn
 
 from smalti.core.training.ema import EMA, ema_decay
-from smalti.core.training.falling_bound import FallingBound
 from smalti.core.training.optimizer import build_optimizer, set_rates
 from smalti.core.training.options import Optimization, Ramp
 from smalti.core.training.schedule import multiplier, weight_decay
@@ -124,20 +123,3 @@ def test_averages_follow_their_decays(warmup):
 def test_a_ramp():
     ramp = Ramp(start=1.0, end=0.01, steps=100)
     assert [ramp(step) for step in (0, 50, 100, 1000)] == pytest.approx([1.0, 0.505, 0.01, 0.01])
-
-
-def test_a_falling_bound_goes_on_from_its_state():
-    bound = FallingBound(4.0, 3.0, lowest=0.1)
-    for update in range(200):
-        bound.update(torch.tensor(3.0 + math.sin(update)))
-        if update == 99:
-            state = {name: tensor.clone() for name, tensor in bound.state_dict().items()}
-    again = FallingBound(4.0, 3.0, lowest=0.1)
-    again.load_state_dict(state)
-    for update in range(100, 200):
-        again.update(torch.tensor(3.0 + math.sin(update)))
-    assert torch.equal(again.bound, bound.bound)
-    assert 3.0 < bound.bound < 4.0
-    for _ in range(20000):
-        bound.update(torch.tensor(4.0))
-    assert bound.bound == 3.0

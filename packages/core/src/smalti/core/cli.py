@@ -14,6 +14,7 @@ import typer
 from smalti.core.data_commands import add_data_commands
 from smalti.core.errors import UserError
 from smalti.core.model_commands import add_model_commands
+from smalti.core.plugin_commands import GroupWithPlugins
 from smalti.core.plugins import PluginWarning, registry
 from smalti.core.probe_command import add_probe_command
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="smalti",
+    cls=GroupWithPlugins,
     help="Image generation with discrete tokens, from images to evaluated samples.",
     no_args_is_help=True,
     add_completion=False,

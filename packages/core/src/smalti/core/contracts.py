@@ -118,6 +118,10 @@ class TokenizerOutput:
     features: dict[str, Tensor] = field(default_factory=dict)
 
 
+Drawing = Callable[[Tensor, TokenLayout, tuple[int, int]], Tensor]
+"""Tokens `(B, L, S)` of a layout to pictures of the given rows and columns, uint8 `(B, 3, rows, columns)`."""
+
+
 class Tokenizer(nn.Module, Pretrained, ABC):
     """Images to tokens and back. Subclass it, or compose one from encoder, quantizer and decoder."""
 
@@ -128,6 +132,11 @@ class Tokenizer(nn.Module, Pretrained, ABC):
     def preprocessing(self) -> Preprocessing:
         """How image files become the tensors it was trained on."""
         return self.options.preprocessing
+
+    @property
+    def drawings(self) -> Mapping[str, Drawing]:
+        """Ways to show what tokens stand for, by name, for `smalti reconstruct --draw`; most tokenizers have none."""
+        return {}
 
     @abstractmethod
     def layout(self, image_size: tuple[int, int] | None = None) -> TokenLayout:

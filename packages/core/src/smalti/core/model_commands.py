@@ -195,6 +195,9 @@ def reconstruct(
     out: Annotated[Path, typer.Option(help="The new folder.")],
     size: Annotated[str, typer.Option(help="Side in pixels, or original.", show_default="the tokenizer's own")] = "",
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 8,
+    draw: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Also show what tokens stand for, e.g. gaussians.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Write images beside their reconstructions, with tokens and metrics."""
@@ -207,6 +210,6 @@ def reconstruct(
         from smalti.core.distributed import device_name
 
         model = Tokenizer.from_pretrained(tokenizer).to(device_name(device))
-        summary = reconstruct_images(model, inputs, folder, asked, batch_size)
+        summary = reconstruct_images(model, inputs, folder, asked, batch_size, draw)
     figures = "".join(f", {name} {value:.4g}" for name, value in summary.means.items())
     typer.echo(f"{summary.images} images{figures}\npictures: {out / 'grid.png'}")

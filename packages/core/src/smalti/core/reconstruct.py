@@ -1,6 +1,6 @@
 """Images beside what a tokenizer makes of them: pictures, tokens and metrics in a folder.
 
-    0000-NAME.png   the image as the tokenizer saw it, and its reconstruction
+    0000-NAME.png   the image as the tokenizer saw it, its reconstruction, and a drawing of its tokens where wanted
     0000-NAME.npz   `tokens` int64 (L, S), `layout` as JSON
     grid.png        the first images with their reconstructions
     metrics.json    every installed metric, by image and in the mean
@@ -24,16 +24,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smalti.core.contracts import PairMetric, Tokenizer
+from smalti.core.contracts import Drawing, PairMetric, Tokenizer
 from smalti.core.errors import UserError
 from smalti.core.files import write_bytes, write_json
+from smalti.core.layout import TokenLayout
 from smalti.core.plugins import registry
 from smalti.core.weights import fingerprint
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 SHOWN = 32
-GRID_COLUMNS = 4  # pairs of a row
+GRID_COLUMNS = 4  # images of a row, each with what belongs to it
 VISIBLE = 128  # pixels: smaller images are enlarged in pictures by whole factors
 
 Size = int | Literal["original"] | None
@@ -62,7 +63,12 @@ def image_size(text: str) -> Size:
 
 @torch.inference_mode()
 def reconstruct_images(
-    tokenizer: Tokenizer, inputs: Sequence[str], folder: Path, size: Size = None, batch_size: int = 8
+    tokenizer: Tokenizer,
+    inputs: Sequence[str],
+    folder: Path,
+    size: Size = None,
+    batch_size: int = 8,
+    draw: str | None = None,
 ) -> Summary:
     """Reconstruct all images of `inputs` and write the files of this module's head to `folder`.
 
@@ -72,10 +78,13 @@ def reconstruct_images(
         folder: an existing one.
         size: side in pixels instead of the tokenizer's own, or `original` to leave the images as they are.
         batch_size: images of one size that are encoded at once.
+        draw: one of the tokenizer's drawings, to be shown as a third picture.
 
     Raises:
-        UserError: an input that is missing or no image, or a size that the tokenizer cannot take.
+        UserError: an input that is missing or no image, a size that the tokenizer cannot take, or a drawing that it
+            does not have.
     """
+    drawing = None if draw is None else _drawing(tokenizer, draw)
     if find_spec("PIL") is None:
         raise UserError("reading images needs the extra smalti-core[data], which is not installed")
     device = next((parameter.device for parameter in tokenizer.parameters()), torch.device("cpu"))
@@ -86,20 +95,24 @@ def reconstruct_images(
         keys = [key for key, _ in batch]
         originals = torch.from_numpy(np.stack([pixels for _, pixels in batch]))
         tokens, copies, layout = _reconstructed(tokenizer, originals.to(device), keys[0])
+        pictures = [_enlarged(pixels) for pixels in (originals, copies)]
+        if drawing is not None:
+            pictures.append(drawing(tokens, layout, (pictures[0].shape[2], pictures[0].shape[3])).cpu())
         found = {name: _values(metric, copies, originals) for name, metric in metrics.items()}
         for place, key in enumerate(keys):
             name = f"{len(entries):04d}-{_title(key)}"
-            pair = [_picture(pixels[place]) for pixels in (originals, copies)]
-            shown += pair if len(shown) < 2 * SHOWN else []
-            _save_grid(folder / f"{name}.png", pair, 2)
-            write_bytes(folder / f"{name}.npz", _npz(tokens=tokens[place], layout=np.array(layout)))
+            strip = [_picture(pixels[place]) for pixels in pictures]
+            shown += strip if len(shown) < len(strip) * SHOWN else []
+            _save_grid(folder / f"{name}.png", strip, len(strip))
+            stored = {"tokens": tokens[place].cpu().numpy(), "layout": np.array(layout.model_dump_json())}
+            write_bytes(folder / f"{name}.npz", _npz(**stored))
             entries.append(
                 {"image": key, "file": f"{name}.png", "size": list(originals.shape[-2:])}
                 | {metric: values[place] for metric, values in found.items()}
             )
     if not entries:
         raise UserError(f"there is no image in {', '.join(inputs)}")
-    _save_grid(folder / "grid.png", shown, 2 * GRID_COLUMNS)
+    _save_grid(folder / "grid.png", shown, len(pictures) * GRID_COLUMNS)
     means = {
         name: fmean(numbers)
         for name in metrics
@@ -118,7 +131,16 @@ def reconstruct_images(
     return Summary(len(entries), means)
 
 
-def _reconstructed(tokenizer: Tokenizer, pixels: Tensor, key: str) -> tuple[NDArray[np.int64], Tensor, str]:
+def _drawing(tokenizer: Tokenizer, name: str) -> Drawing:
+    if name not in tokenizer.drawings:
+        raise UserError(
+            f"{type(tokenizer).__name__} has no drawing {name!r} of its tokens; "
+            f"it has: {', '.join(sorted(tokenizer.drawings)) or 'none'}"
+        )
+    return tokenizer.drawings[name]
+
+
+def _reconstructed(tokenizer: Tokenizer, pixels: Tensor, key: str) -> tuple[Tensor, Tensor, TokenLayout]:
     """Tokens `(B, L, S)`, reconstructions uint8 `(B, C, H, W)` and the layout, of pixels uint8 `(B, C, H, W)`."""
     from smalti.core.data.images import to_uint8
 
@@ -130,7 +152,7 @@ def _reconstructed(tokenizer: Tokenizer, pixels: Tensor, key: str) -> tuple[NDAr
     except UserError as error:
         raise UserError(f"{key}, {height} x {width} pixels: {error}") from None
     copies = to_uint8(images)[..., : pixels.shape[1]].movedim(-1, 1)
-    return tokens.cpu().numpy(), copies.cpu(), layout.model_dump_json()
+    return tokens, copies.cpu(), layout
 
 
 def _values(metric: PairMetric, images: Tensor, references: Tensor) -> list[float | None]:
@@ -189,6 +211,12 @@ def _title(key: str) -> str:
     return path.stem if path.suffix.lower() in IMAGES else path.name
 
 
+def _enlarged(pixels: Tensor) -> Tensor:
+    """Images `(B, C, H, W)` by the whole factor that makes them visible."""
+    factor = max(1, VISIBLE // max(pixels.shape[-2:]))
+    return pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+
+
 def _picture(pixels: Tensor) -> NDArray[np.uint8]:
     """Uint8 `(C, H, W)` as `(H, W, 3)`."""
     return np.ascontiguousarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
@@ -202,7 +230,7 @@ def _save_grid(path: Path, pictures: Sequence[NDArray[np.uint8]], columns: int) 
     places = np.full((len(pictures), height, width, 3), 255, np.uint8)
     for place, picture in zip(places, pictures, strict=True):
         place[: picture.shape[0], : picture.shape[1]] = picture
-    save_grid(path, places, min(columns, len(pictures)), scale=max(1, VISIBLE // max(height, width)))
+    save_grid(path, places, min(columns, len(pictures)))
 
 
 def _npz(**arrays: NDArray[Any]) -> bytes:

@@ -9,11 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from smalti.gaussian.deformable_attention import multi_scale_deformable_attention
+    from smalti.gaussian.deformable_attention_module import DeformableAttention
     from smalti.gaussian.rasterize import rasterize_gaussians_2d
 
-__all__ = ["rasterize_gaussians_2d"]
+__all__ = ["DeformableAttention", "multi_scale_deformable_attention", "rasterize_gaussians_2d"]
 
-_MODULES = {"rasterize_gaussians_2d": "smalti.gaussian.rasterize"}
+_MODULES = {
+    "DeformableAttention": "smalti.gaussian.deformable_attention_module",
+    "multi_scale_deformable_attention": "smalti.gaussian.deformable_attention",
+    "rasterize_gaussians_2d": "smalti.gaussian.rasterize",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,13 +1,18 @@
-"""The plugin of smalti.gaussian: it names no component, the package offers operators only; imports no torch."""
+"""What smalti.gaussian brings to the registry; imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 from smalti.core.plugins import Component, hookimpl
 
 
 @hookimpl
-def smalti_register() -> Iterable[Component]:
-    """Name the components of this package: none, its operators are imported directly."""
-    return ()
+def smalti_register() -> Iterator[Component]:
+    """Name the components of this package."""
+    here = "smalti.gaussian"
+    yield Component(
+        "tokenizer", "gaussiantoken", f"{here}.tokenizer:GaussianTokenizerOptions", "2-D Gaussians (GaussianToken)"
+    )
+    yield Component("checkpoint", "gaussiantoken", f"{here}.checkpoint:GaussianTokenLayout", "GaussianToken")
+    yield Component("command", "fit", f"{here}.fit_command:fit", "Fit one picture with 2-D Gaussians.")

@@ -8,45 +8,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smalti.gaussian.projection import Projection
+from smalti.gaussian.backends import MAX_ALPHA_OVER, MIN_TRANSMITTANCE, Splats, View
 
 
-def rasterize_reference(
-    projection: Projection,
-    features: Tensor,
-    opacities: Tensor,
-    height: int,
-    width: int,
-    *,
-    pixel_center: float,
-    min_alpha: float,
-) -> Tensor:
-    """Sum the Gaussians with tensors of B × N × H × W elements; differentiable any number of times.
-
-    Args:
-        projection: of the B × N Gaussians.
-        features: [B, N, C].
-        opacities: [B, N].
-        height: H.
-        width: W.
-        pixel_center: as in `rasterize_gaussians_2d`.
-        min_alpha: as in `rasterize_gaussians_2d`.
+def rasterize_reference(splats: Splats, view: View) -> Tensor:
+    """Draw with tensors of B × N × H × W elements; differentiable any number of times.
 
     Returns:
         [B, C, H, W].
     """
-    columns = torch.arange(width, device=features.device)
-    rows = torch.arange(height, device=features.device)
-    x, y = projection.centers[..., None].unbind(-2)
-    dx = x - (columns.to(features.dtype) + pixel_center)  # [B, N, W]
-    dy = y - (rows.to(features.dtype) + pixel_center)  # [B, N, H]
-    p, q, r = projection.whitening[..., None].unbind(-2)
+    features = splats.features
+    columns = torch.arange(view.width, device=features.device)
+    rows = torch.arange(view.height, device=features.device)
+    x, y = splats.centers[..., None].unbind(-2)
+    dx = x - (columns.to(features.dtype) + view.pixel_center)  # [B, N, W]
+    dy = y - (rows.to(features.dtype) + view.pixel_center)  # [B, N, H]
+    p, q, r = splats.whitening[..., None].unbind(-2)
     u = (p * dx)[..., None, :]
     v = (q * dx)[..., None, :] + (r * dy)[..., :, None]  # [B, N, H, W]
-    alpha = (opacities[..., None, None] * torch.exp(-0.5 * (u * u + v * v))).clamp(max=1)
+    alpha = splats.opacities[..., None, None] * torch.exp(-0.5 * (u * u + v * v))
+    alpha = alpha.clamp(max=MAX_ALPHA_OVER if view.over else 1)
 
-    left, right, top, bottom = projection.boxes[..., None].unbind(-2)
+    left, right, top, bottom = splats.boxes[..., None].unbind(-2)
     across = (columns >= left) & (columns < right)
     down = (rows >= top) & (rows < bottom)
-    drawn = across[..., None, :] & down[..., :, None] & (alpha >= min_alpha)
-    return torch.einsum("bnc,bnhw->bchw", features, torch.where(drawn, alpha, 0))
+    drawn = across[..., None, :] & down[..., :, None] & (alpha >= view.min_alpha)
+    alpha = torch.where(drawn, alpha, 0)
+    if view.over and alpha.shape[1]:
+        left_over = torch.cumprod(1 - alpha, dim=1)
+        light = torch.cat((torch.ones_like(alpha[:, :1]), left_over[:, :-1]), dim=1)
+        alpha = torch.where(left_over > MIN_TRANSMITTANCE, alpha * light, 0)
+    return torch.einsum("bnc,bnhw->bchw", features, alpha)

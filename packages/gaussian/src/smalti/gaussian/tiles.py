@@ -1,4 +1,4 @@
-"""The tile backend: each 32-pixel tile sums only the Gaussians that reach it, in a buffer that stays in cache.
+"""The tile backend: each 32-pixel tile draws only the Gaussians that reach it, in a buffer that stays in cache.
 
 Forward and backward loop over the pairs of a tile and a Gaussian, sorted by tile; nothing of the size
 Gaussians × pixels exists. The arithmetic per pair is that of the reference, operation by operation, so both
@@ -10,50 +10,146 @@ Shapes: B images, N Gaussians per image, C channels, P pairs, K tiles, h × w pi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from smalti.gaussian.projection import Projection
+from smalti.gaussian.backends import MAX_ALPHA_OVER, MIN_TRANSMITTANCE, Gradients, Splats, View
 
 TILE = 32
 # Pairs at a time: 64 × 32 × 32 numbers in float32 are 256 KiB, which the second-level cache holds.
 CHUNK = 64
 
 
-def rasterize_tiles(
-    projection: Projection,
-    features: Tensor,
-    opacities: Tensor,
-    height: int,
-    width: int,
-    *,
-    pixel_center: float,
-    min_alpha: float,
-) -> Tensor:
-    """Sum the Gaussians tile by tile; differentiable once.
+def forward(splats: Splats, view: View) -> Tensor:
+    """Draw the image: [B, C, H, W]."""
+    features = splats.features
+    grid = _Grid.of(features.shape[0], view)
+    pairs = _pairs(splats, view, grid, splats.opacities)
+    pair_features = features.flatten(0, 1)[pairs.gaussians].T  # [C, P]
+    limits = _Limits.of(splats.opacities, view)
+    tiles = features.new_zeros(grid.tiles, features.shape[2], grid.tile_height * grid.tile_width)
+    light = tiles.new_empty(0)
+    for tile, part, begins in pairs.chunks():
+        weight = limits.cut_(pairs.alpha(part, pairs.deviation(part).square_())).flatten(1)
+        if view.over:
+            light = torch.ones_like(weight[0]) if begins else light
+            weight, _, left = _composite(weight, light)
+            light = left[-1]
+        tiles[tile].addmm_(pair_features[:, part], weight)
+    return grid.join(tiles)
+
+
+def backward(splats: Splats, view: View, image: Tensor, grad_image: Tensor) -> Gradients:
+    """The gradients of forward.
+
+    With slope = ∂L/∂α, in a sum Σ_c feature_c ∂L/∂image_c, and weight = α slope where the Gaussian is drawn and
+    not limited, ∂L/∂opacity = Σ weight / opacity and ∂L/∂σ = -weight for σ = (u² + v²) / 2, u = p dx,
+    v = q dx + r dy; everything else follows from sums of weight and weight × v over columns and rows.
+    """
+    features, opacities = splats.features, splats.opacities
+    # A Gaussian of opacity 0 is differentiated as one of opacity ½, whose results are then scaled by 0.
+    divisors = torch.where(opacities == 0, 0.5, opacities)
+    scale = opacities / divisors
+    grid = _Grid.of(features.shape[0], view)
+    pairs = _pairs(splats, view, grid, divisors)
+    pair_features = features.flatten(0, 1)[pairs.gaussians]  # [P, C]
+    pair_scale = scale.flatten()[pairs.gaussians, None]
+    limits = _Limits.of(opacities, view)
+    grad_tiles = grid.split(grad_image)
+    # Of compositing: the loss of all that is drawn at a pixel, as if linear in it, less what has been passed.
+    behind = grid.split((image * grad_image).sum(1, keepdim=True))[:, 0] if view.over else grad_tiles[:, 0]
+    light = behind.new_empty(0)
+
+    grad_features = torch.empty_like(pair_features)
+    weight_columns, moment_columns, moment_rows = (torch.empty_like(x) for x in (pairs.dx, pairs.dx, pairs.dy))
+    for tile, part, begins in pairs.chunks():
+        v = pairs.deviation(part)
+        alpha = pairs.alpha(part, v.square())
+        drawn = limits.cut_(alpha.clone() if limits.saturates else alpha).flatten(1)
+        slope = pair_features[part] @ grad_tiles[tile]  # [n, h w]
+        if view.over:
+            light = torch.ones_like(slope[0]) if begins else light
+            alive_alpha = drawn * pair_scale[part]
+            drawn, before, left = _composite(alive_alpha, light)
+            light = left[-1]
+            after = behind[tile] - (drawn * slope).cumsum(0)
+            behind[tile] = after[-1]
+            slope = before * slope - after / (1 - alive_alpha)
+            slope.masked_fill_(left <= MIN_TRANSMITTANCE, 0)
+        grad_features[part] = drawn @ grad_tiles[tile].T
+        weight = limits.where_free_(alpha).mul_(slope.view_as(alpha))
+        weight_columns[part] = weight.sum(1)
+        moment = v.mul_(weight)
+        moment_columns[part] = moment.sum(1)
+        moment_rows[part] = moment.sum(2)
+
+    weight_sum, moment_sum = weight_columns.sum(1), moment_columns.sum(1)
+    weight_dx = weight_columns * pairs.dx
+    pair_sums = torch.stack(
+        (
+            weight_sum,
+            weight_dx.sum(1),
+            (weight_dx * pairs.dx).sum(1),
+            moment_sum,
+            (moment_columns * pairs.dx).sum(1),
+            (moment_rows * pairs.dy).sum(1),
+        ),
+        dim=1,
+    )
+    count = opacities.numel()
+    sums = pair_sums.new_zeros(count, 6).index_add_(0, pairs.gaussians, pair_sums).view(*opacities.shape, 6)
+    weight, weight_x, weight_xx, moment, moment_x, moment_y = sums.unbind(-1)
+    p, q, r = splats.whitening.unbind(-1)
+    to_centers = torch.stack((p * p * weight_x + q * moment, r * moment), dim=-1)
+    to_whitening = torch.stack((p * weight_xx, moment_x, moment_y), dim=-1)
+    to_features = pair_features.new_zeros(count, features.shape[2]).index_add_(0, pairs.gaussians, grad_features)
+    # What compositing draws is scaled already.
+    to_features = to_features.view_as(features) * (1 if view.over else scale[..., None])
+    return Gradients(-scale[..., None] * to_centers, -scale[..., None] * to_whitening, to_features, weight / divisors)
+
+
+def _composite(alpha: Tensor, light: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights α T, and the transmittance T before and after each of some Gaussians in order: all [n, h w]."""
+    left = (1 - alpha).cumprod(0).mul_(light)
+    before = torch.cat((light[None], left[:-1]))
+    return (alpha * before).masked_fill_(left <= MIN_TRANSMITTANCE, 0), before, left
+
+
+class _Limits(NamedTuple):
+    """Where α is cut and limited.
 
     Args:
-        projection: of the B × N Gaussians.
-        features: [B, N, C].
-        opacities: [B, N].
-        height: rows of the image.
-        width: columns of the image.
-        pixel_center: as in `rasterize_gaussians_2d`.
-        min_alpha: as in `rasterize_gaussians_2d`.
-
-    Returns:
-        [B, C, height, width].
+        below: the greatest number that is less than min_alpha.
+        greatest: what α is limited to.
+        saturates: whether some opacity is beyond that.
     """
-    grid = _Grid(features.shape[0], height, width, min(TILE, height), min(TILE, width))
-    boxes = _tight_boxes(projection, opacities, grid, pixel_center, min_alpha)
-    image: Tensor = _TileSum.apply(  # type: ignore[no-untyped-call]
-        projection.centers, projection.whitening, features, opacities, boxes, grid, pixel_center, min_alpha
-    )
-    return image
+
+    below: float
+    greatest: float
+    saturates: bool
+
+    @classmethod
+    def of(cls, opacities: Tensor, view: View) -> _Limits:
+        # torch.threshold_ keeps what is greater; the neighbour below min_alpha makes that "at least min_alpha".
+        value = torch.tensor(view.min_alpha, dtype=opacities.dtype)
+        below = torch.nextafter(value, torch.full_like(value, -torch.inf)).item()
+        greatest = MAX_ALPHA_OVER if view.over else 1.0
+        return cls(below, greatest, bool((opacities > greatest).any()))
+
+    def cut_(self, alpha: Tensor) -> Tensor:
+        """α as it is drawn, in place."""
+        if self.saturates:
+            alpha.clamp_(max=self.greatest)
+        return torch.threshold_(alpha, self.below, 0.0)
+
+    def where_free_(self, alpha: Tensor) -> Tensor:
+        """α where it depends on opacity and shape, otherwise 0, in place."""
+        if self.saturates:
+            alpha.masked_fill_(alpha > self.greatest, 0)
+        return torch.threshold_(alpha, self.below, 0.0)
 
 
 class _Grid(NamedTuple):
@@ -64,6 +160,10 @@ class _Grid(NamedTuple):
     width: int
     tile_height: int
     tile_width: int
+
+    @classmethod
+    def of(cls, images: int, view: View) -> _Grid:
+        return cls(images, view.height, view.width, min(TILE, view.height), min(TILE, view.width))
 
     @property
     def rows(self) -> int:
@@ -115,11 +215,11 @@ class _Pairs(NamedTuple):
     vy: Tensor
     opacities: Tensor
 
-    def chunks(self) -> Iterator[tuple[int, slice]]:
-        """Tile by tile, at most CHUNK of its pairs at a time."""
+    def chunks(self) -> Iterator[tuple[int, slice, bool]]:
+        """Tile by tile, at most CHUNK of its pairs at a time, and whether they are its first."""
         for tile, (start, end) in enumerate(zip(self.bounds, self.bounds[1:], strict=False)):
             for first in range(start, end, CHUNK):
-                yield tile, slice(first, min(first + CHUNK, end))
+                yield tile, slice(first, min(first + CHUNK, end)), first == start
 
     def deviation(self, part: slice) -> Tensor:
         """The second whitened offset, v = q dx + r dy: [n, h, w]."""
@@ -131,144 +231,33 @@ class _Pairs(NamedTuple):
         return exponent.exp_().mul_(self.opacities[part, :, None])
 
 
-class _TileSum(torch.autograd.Function):
-    """The sum over Gaussians with its exact gradient; boxes and thresholds are constants."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        centers: Tensor,
-        whitening: Tensor,
-        features: Tensor,
-        opacities: Tensor,
-        boxes: Tensor,
-        grid: _Grid,
-        pixel_center: float,
-        min_alpha: float,
-    ) -> Tensor:
-        ctx.save_for_backward(centers, whitening, features, opacities, boxes)
-        ctx.grid, ctx.pixel_center, ctx.min_alpha = grid, pixel_center, min_alpha
-        pairs = _pairs(centers, whitening, opacities, boxes, grid, pixel_center)
-        pair_features = features.flatten(0, 1)[pairs.gaussians].T  # [C, P]
-        below = _just_below(min_alpha, features.dtype)
-        saturates = bool((opacities > 1).any())
-
-        tiles = features.new_zeros(grid.tiles, features.shape[2], grid.tile_height * grid.tile_width)
-        for tile, part in pairs.chunks():
-            alpha = pairs.alpha(part, pairs.deviation(part).square_())
-            if saturates:
-                alpha.clamp_(max=1)
-            torch.threshold_(alpha, below, 0.0)
-            tiles[tile].addmm_(pair_features[:, part], alpha.flatten(1))
-        return grid.join(tiles)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_image: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad_image.device.type, enabled=False):
-            return (*_gradients(ctx, grad_image), None, None, None, None)
-
-
-def _gradients(ctx: Any, grad_image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients to centres, whitening, features and opacities.
-
-    With ∂L/∂α = Σ_c feature_c ∂L/∂image_c and weight = α ∂L/∂α where the Gaussian is drawn and not
-    saturated, ∂L/∂opacity = Σ weight / opacity and ∂L/∂σ = -weight for σ = (u² + v²) / 2, u = p dx,
-    v = q dx + r dy; everything else follows from sums of weight and weight × v over columns and rows.
-    """
-    centers, whitening, features, opacities, boxes = ctx.saved_tensors
-    grid: _Grid = ctx.grid
-    # A Gaussian of opacity 0 is differentiated as one of opacity 1, whose results are then scaled by 0.
-    divisors = torch.where(opacities == 0, 1, opacities)
-    pairs = _pairs(centers, whitening, divisors, boxes, grid, ctx.pixel_center)
-    pair_features = features.flatten(0, 1)[pairs.gaussians]  # [P, C]
-    below = _just_below(ctx.min_alpha, features.dtype)
-    saturates = bool((opacities > 1).any())
-    grad_tiles = grid.split(grad_image)
-
-    grad_features = torch.empty_like(pair_features)
-    weight_columns, moment_columns, moment_rows = (torch.empty_like(x) for x in (pairs.dx, pairs.dx, pairs.dy))
-    for tile, part in pairs.chunks():
-        v = pairs.deviation(part)
-        alpha = pairs.alpha(part, v.square())
-        torch.threshold_(alpha, below, 0.0)
-        drawn = alpha.clamp(max=1) if saturates else alpha
-        grad_features[part] = drawn.flatten(1) @ grad_tiles[tile].T
-        if saturates:
-            alpha.masked_fill_(alpha > 1, 0)
-        weight = (pair_features[part] @ grad_tiles[tile]).view_as(alpha).mul_(alpha)
-        weight_columns[part] = weight.sum(1)
-        moment = v.mul_(weight)
-        moment_columns[part] = moment.sum(1)
-        moment_rows[part] = moment.sum(2)
-
-    weight_sum, moment_sum = weight_columns.sum(1), moment_columns.sum(1)
-    weight_dx = weight_columns * pairs.dx
-    pair_sums = torch.stack(
-        (
-            weight_sum,
-            weight_dx.sum(1),
-            (weight_dx * pairs.dx).sum(1),
-            moment_sum,
-            (moment_columns * pairs.dx).sum(1),
-            (moment_rows * pairs.dy).sum(1),
-        ),
-        dim=1,
-    )
-    count = opacities.numel()
-    sums = pair_sums.new_zeros(count, 6).index_add_(0, pairs.gaussians, pair_sums).view(*opacities.shape, 6)
-    weight, weight_x, weight_xx, moment, moment_x, moment_y = sums.unbind(-1)
-
-    scale = opacities / divisors
-    p, q, r = whitening.unbind(-1)
-    to_centers = torch.stack((p * p * weight_x + q * moment, r * moment), dim=-1)
-    to_whitening = torch.stack((p * weight_xx, moment_x, moment_y), dim=-1)
-    to_features = pair_features.new_zeros(count, features.shape[2]).index_add_(0, pairs.gaussians, grad_features)
-    return (
-        -scale[..., None] * to_centers,
-        -scale[..., None] * to_whitening,
-        scale[..., None] * to_features.view_as(features),
-        weight / divisors,
-    )
-
-
-def _just_below(min_alpha: float, dtype: torch.dtype) -> float:
-    # torch.threshold_ keeps what is greater; the neighbour below min_alpha makes that "at least min_alpha".
-    value = torch.tensor(min_alpha, dtype=dtype)
-    return torch.nextafter(value, torch.full_like(value, -torch.inf)).item()
-
-
-@torch.no_grad()
-def _tight_boxes(
-    projection: Projection, opacities: Tensor, grid: _Grid, pixel_center: float, min_alpha: float
-) -> Tensor:
-    """The pixels where a Gaussian can reach min_alpha, within its culling box and the image: [B, N, 4].
+def tight_boxes(splats: Splats, view: View) -> Tensor:
+    """The pixels where a Gaussian can reach min_alpha, within its box and the image: [B, N, 4].
 
     α ≥ min_alpha asks for u² + v² ≤ 2 log(opacity / min_alpha), so |dx| stays within that many standard
     deviations of x, and |dy| of y. The margins cover rounding: pixels too many cost time, never a value.
     """
-    p, q, r = projection.whitening.unbind(-1)
+    p, q, r = splats.whitening.unbind(-1)
     deviations = torch.stack((1 / p, torch.hypot(p, q) / p / r), dim=-1)
-    if min_alpha > 0:
-        squared = 2 * (opacities / min_alpha).clamp(min=1).log() + 0.001
+    if view.min_alpha > 0:
+        squared = 2 * (splats.opacities / view.min_alpha).clamp(min=1).log() + 0.001
         reach = squared.sqrt()[..., None] * deviations * 1.01 + 1
     else:
         reach = torch.full_like(deviations, torch.inf)
-    size = reach.new_tensor((grid.width, grid.height))
-    middle = projection.centers - pixel_center
+    size = reach.new_tensor((view.width, view.height))
+    middle = splats.centers - view.pixel_center
     first = (middle - reach).floor().clamp(min=0).minimum(size).long()
     last = (middle + reach).ceil().clamp(min=-1).minimum(size - 1).long() + 1
-    first = first.maximum(projection.boxes[..., 0::2])
-    last = last.minimum(projection.boxes[..., 1::2])
-    empty = (first >= last).any(-1) | (opacities < min_alpha)
+    first = first.maximum(splats.boxes[..., 0::2])
+    last = last.minimum(splats.boxes[..., 1::2])
+    empty = (first >= last).any(-1) | (splats.opacities < view.min_alpha)
     return torch.stack((first, last), dim=-1).flatten(-2).masked_fill(empty[..., None], 0)
 
 
-@torch.no_grad()
-def _pairs(
-    centers: Tensor, whitening: Tensor, opacities: Tensor, boxes: Tensor, grid: _Grid, pixel_center: float
-) -> _Pairs:
+def _pairs(splats: Splats, view: View, grid: _Grid, opacities: Tensor) -> _Pairs:
     """All pairs of a tile and a Gaussian whose box touches it, by tile and then by Gaussian."""
+    centers, whitening = splats.centers, splats.whitening
+    boxes = tight_boxes(splats, view)
     h, w = grid.tile_height, grid.tile_width
     per_image = opacities.shape[1]
     left, right, top, bottom = boxes.flatten(0, 1).unbind(-1)
@@ -287,8 +276,8 @@ def _pairs(
     xs = column[:, None] * w + torch.arange(w, device=boxes.device)
     ys = row[:, None] * h + torch.arange(h, device=boxes.device)
     x, y = centers.flatten(0, 1)[gaussians, :, None].unbind(1)
-    dx = x - (xs.to(x.dtype) + pixel_center)
-    dy = y - (ys.to(y.dtype) + pixel_center)
+    dx = x - (xs.to(x.dtype) + view.pixel_center)
+    dy = y - (ys.to(y.dtype) + view.pixel_center)
     left, right, top, bottom = boxes.flatten(0, 1)[gaussians, :, None].unbind(1)
     p, q, r = whitening.flatten(0, 1)[gaussians, :, None].unbind(1)
     u = p * dx

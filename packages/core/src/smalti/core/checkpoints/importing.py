@@ -20,8 +20,8 @@ from smalti.core.weights import CONFIG, Pretrained, save_tensors
 
 # What looking into shapes raises where they are others than a layout's, and building modules from them.
 # The options that decide what a network computes with its weights, and those among them that only training sees.
-NETWORKS = ("encoder", "decoder")
-TRAINING_ONLY = ("dropout", "drop_path")
+NETWORKS = ("encoder", "decoder", "embed")
+TRAINING_ONLY = ("dropout", "last_dropout", "drop_path", "share", "learn_anchors", "learn_features", "final_scale")
 MISSHAPEN = (IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError)
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -211,11 +211,12 @@ def export_checkpoint(module: nn.Module | Pretrained, layout: str) -> dict[str, 
 
 def _lost(layout: CheckpointLayout, shapes: Shapes, options: Mapping[str, Any]) -> str:
     """Which options of the networks an import of `shapes` would take otherwise, as a sentence; empty where none."""
-    taken = configured(layout, shapes)["options"]
+    config = configured(layout, shapes)
+    chosen = registry().options(config["kind"], config["options"]["name"])
+    taken = chosen.model_validate(config["options"]).model_dump(mode="json")
     for part in NETWORKS:
         if isinstance(taken.get(part), dict):
-            whole = registry().options(part, taken[part]["name"]).model_validate(taken[part]).model_dump(mode="json")
-            for line in differences(options.get(part), whole, part):
+            for line in differences(options.get(part), taken[part], part):
                 if line.partition(":")[0].rpartition(".")[2] not in TRAINING_ONLY:
                     return f"no file of it tells {line.partition(':')[0]}, and an import would take another value"
     return ""

@@ -65,12 +65,12 @@ def attention_rules(
     ]
 
 
-def encoder_ends_rules() -> list[Rule]:
+def encoder_ends_rules(published: str = "encoder") -> list[Rule]:
     """The encoder's first convolution and its head."""
     return [
-        Rename("encoder.conv_in.*", "encoder.trunk.conv_in.*"),
-        Rename("encoder.norm_out.*", "encoder.head.norm.*"),
-        Rename("encoder.conv_out.*", "encoder.head.conv.*"),
+        Rename(f"{published}.conv_in.*", "encoder.trunk.conv_in.*"),
+        Rename(f"{published}.norm_out.*", "encoder.head.norm.*"),
+        Rename(f"{published}.conv_out.*", "encoder.head.conv.*"),
     ]
 
 

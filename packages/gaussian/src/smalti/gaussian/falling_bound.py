@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from smalti.core import distributed
+
 
 class FallingBound(nn.Module):
     """The largest scale that Gaussians may have (GaussianToken, Dong et al. 2025), with all it needs to go on.
@@ -38,7 +40,8 @@ class FallingBound(nn.Module):
 
     @torch.no_grad()
     def update(self, mean: Tensor) -> None:
-        """Take in the mean of what is limited, of one training batch."""
-        self.mean.lerp_(mean.to(self.mean), self.share)
+        """Take in the mean of what is limited, of one training batch; that of all processes is their average."""
+        mean = distributed.all_reduce_sum(mean.detach().to(self.mean, copy=True)) / distributed.world_size()
+        self.mean.lerp_(mean, self.share)
         fall = self.rate * (self.mean - (self.bound + self.lowest) / 2).clamp(min=self.step)
         self.bound.copy_(torch.where(self.bound > self.final, (self.bound - fall).clamp(min=self.final), self.bound))

@@ -1,0 +1,52 @@
+"""Deformable attention without gradients on the CPU beside one `grid_sample` per level, in the same run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from smalti.gaussian.deformable_attention import multi_scale_deformable_attention
+from smalti.gaussian.deformable_attention_torch import sample_grids
+
+# Images, heads, their width, points, queries, levels: GaussianToken's encoder, a detector's two and four levels.
+SIZES = {
+    "gaussiantoken": (8, 4, 16, 5, 1024, [(32, 32)]),
+    "two-levels": (4, 8, 32, 4, 1024, [(32, 32), (16, 16)]),
+    "four-levels": (2, 8, 32, 4, 900, [(64, 64), (32, 32), (16, 16), (8, 8)]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.benchmark(timer=time.process_time)
+@pytest.mark.parametrize("name", SIZES)
+def test_without_gradients(benchmark: BenchmarkFixture, name: str) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    images, heads, dim, points, queries, shapes = SIZES[name]
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(images, sum(h * w for h, w in shapes), heads, dim, generator=generator)
+    locations = torch.rand(images, queries, heads, len(shapes), points, 2, generator=generator)
+    weights = torch.rand(locations.shape[:-1], generator=generator)
+
+    def ours() -> Tensor:
+        return multi_scale_deformable_attention(value, shapes, locations, weights)
+
+    def peer() -> Tensor:
+        return sample_grids(value, shapes, locations, weights)
+
+    torch.testing.assert_close(ours(), peer(), rtol=0, atol=2e-5)
+    taken = [(_seconds(ours), _seconds(peer)) for _ in range(9)]
+    benchmark.extra_info["ratio_grid_sample"] = min(other for _, other in taken) / min(own for own, _ in taken)
+    benchmark.pedantic(ours, rounds=5)
+    torch.set_num_threads(threads)
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    start = time.process_time()
+    action()
+    return time.process_time() - start
