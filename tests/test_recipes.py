@@ -11,17 +11,23 @@ from PIL import Image
 
 from smalti.core import recipes
 from smalti.core.checkpoints.zoo import zoo_model
+from smalti.core.pipeline import Pipeline
 from smalti.core.progress import Reporter
 from smalti.core.recipe import load_recipe, read_recipes, shipped_recipes
 from smalti.core.run_folder import RunFolder
 from smalti.core.shrink import from_scratch, shrunk
 from smalti.core.stage import Context
-from smalti.core.stages.train_tokenizer import TrainTokenizer
 
 # Read as plain data: components are looked up when a test runs, not when it is collected.
 (FOLDER,) = map(Path, recipes.__path__)
 SHIPPED = {name or path.stem: content for path in FOLDER.glob("*.yaml") for name, content in read_recipes(path).items()}
 NAMES = sorted(SHIPPED)
+OURS = {"quickstart", *read_recipes(FOLDER / "quantizers-cifar10.yaml")}  # those that reproduce no source
+
+
+def model_of(recipe):
+    """Options of the tokenizer or the autoencoder of a recipe, and of its training."""
+    return recipe.tokenizer or recipe.autoencoder, recipe.train.tokenizer or recipe.train.autoencoder
 
 
 def test_all_of_them_are_found_by_name():
@@ -32,24 +38,29 @@ def test_all_of_them_are_found_by_name():
 def test_the_recipe_says_where_it_is_from(name):
     recipe = load_recipe(name)
     assert recipe.name == name
-    if name == "quickstart":
+    if name in OURS:
         return
     assert recipe.source
     assert recipe.seed in (0, 23, 42, 8888)
     assert recipe.figures or "stage1" in name or "mini-imagenet" in name
-    assert recipe.tokenizer.preprocessing.image_size in (32, 64, 128, 256)
+    assert model_of(recipe)[0].preprocessing.image_size in (32, 64, 128, 256)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "checkpoint" in SHIPPED[name]])
-def test_the_tokenizer_is_the_published_one(name):
+def test_the_model_is_the_published_one(name):
     recipe = load_recipe(name)
     published = zoo_model(recipe.checkpoint)
-    options = type(recipe.tokenizer).model_validate(from_scratch(recipe.tokenizer.model_dump(mode="json")))
+    options, _ = model_of(recipe)
+    options = type(options).model_validate(from_scratch(options.model_dump(mode="json")))
     with torch.device("meta"):
-        tokenizer = options.build()
-    assert tokenizer.layout() == published.tokens
+        model = options.build()
+    assert model.kind == published.kind
+    if published.kind == "tokenizer":
+        assert model.layout() == published.tokens
+    else:
+        assert (*model.latent_space(), model.width) == published.latents
     assert recipe.figures == {figure.name: figure.value for figure in published.figures}
-    count = sum(parameter.numel() for parameter in tokenizer.parameters())
+    count = sum(parameter.numel() for parameter in model.parameters())
     if published.parameters is not None:
         assert count == pytest.approx(published.parameters, rel=1.2e-3)  # most are rounded to three digits
 
@@ -68,21 +79,22 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(images, tmp_path_factory):
-    """Train a tiny copy of a recipe's tokenizer for two updates; copies that are alike are trained once."""
+    """Train a tiny copy of a recipe's model for two updates; copies that are alike are trained once."""
     random, known = tmp_path_factory.mktemp("random"), {}
 
     def train(name):
         dataset = f"{{name: folder, path: {images}}}"
-        recipe = load_recipe(name, [f"data.train={dataset}", f"data.validation={dataset}", "train.tokenizer.steps=2"])
+        kind = "autoencoder" if "autoencoder" in SHIPPED[name] else "tokenizer"
+        recipe = load_recipe(name, [f"data.train={dataset}", f"data.validation={dataset}", f"train.{kind}.steps=2"])
         copy = shrunk(recipe, random, lambda sentence: None)
         content = copy.model_dump(mode="json")
-        key = json.dumps([content["tokenizer"], content["train"]["tokenizer"]], default=str)
+        key = json.dumps([content[kind], content["train"][kind]], default=str)
         if key not in known:
             run = RunFolder(tmp_path_factory.mktemp("run"))
             with run.locked():
                 run.prepare(copy)
-                TrainTokenizer(Context(run, copy, "cpu", Reporter(quiet=True))).run()
-                known[key] = run.metrics("train-tokenizer")
+                Pipeline(Context(run, copy, "cpu", Reporter(quiet=True))).run([f"train-{kind}"])
+                known[key] = run.metrics(f"train-{kind}")
         return recipe, known[key]
 
     return train
@@ -92,11 +104,12 @@ def trained(images, tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 def test_two_updates_of_a_tiny_copy_go_through_all_losses(trained, name):
     recipe, lines = trained(name)
-    training = recipe.train.tokenizer
+    _, training = model_of(recipe)
     assert [line["step"] for line in lines] == [1, 2]
     terms = {loss.name for loss in training.losses} - {"perceptual"}
     if training.adversarial is not None:
         terms |= {"adversarial", "discriminator"} | ({"lecam"} if training.adversarial.lecam else set())
+    terms |= {"divergence"} if recipe.autoencoder is not None else set()
     assert terms | set(training.ramps) <= lines[-1].keys()
     assert all(math.isfinite(lines[-1][term]) for term in terms)
 

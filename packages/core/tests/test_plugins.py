@@ -104,7 +104,7 @@ def test_listing_needs_no_torch(smalti, install, tmp_path):
     (heavy / "sitecustomize.py").write_text(
         "import sys, atexit\natexit.register(lambda: sys.stderr.write(f\"torch {'torch' in sys.modules}\"))"
     )
-    for arguments in (["plugins"], ["--help"], ["recipes"], ["train", "--help"]):
+    for arguments in (["plugins"], ["--help"], ["recipes"], ["train", "--help"], ["compare", "--help"]):
         done = smalti(*arguments, PYTHONPATH=str(heavy), SMALTI_PLUGINS="core,heavy-plugin")
         assert done.returncode == 0, done.stderr
         assert "torch False" in done.stderr, arguments

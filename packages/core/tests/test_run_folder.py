@@ -4,8 +4,11 @@ import sys
 import pytest
 
 from smalti.core.errors import UserError
+from smalti.core.pipeline import Pipeline
+from smalti.core.progress import Reporter
 from smalti.core.recipe import load_recipe
 from smalti.core.run_folder import RunFolder
+from smalti.core.stage import Context
 
 
 @pytest.fixture
@@ -30,6 +33,19 @@ def test_another_recipe_changes_nothing_without_force(folder, recipe):
     assert (folder / "recipe.yaml").read_bytes() == before
     folder.prepare(other, force=True)
     assert load_recipe(folder.path) == other
+
+
+def test_what_cannot_change_results_may_change(folder, recipe):
+    """Neither the folder nor any stage sees another recipe; what is kept is the new one."""
+    folder.prepare(load_recipe(recipe))
+    quick = ("checkpoint_every=7", "log_every=3", "max_skipped=1", "trackers=[tensorboard]", "sharding=full")
+    changes = [f"train.{model}.{option}" for model in ("tokenizer", "generator") for option in quick]
+    other = load_recipe(recipe, ["data.workers=3", "data.max_undecodable=5", *changes])
+    folder.prepare(other)
+    assert load_recipe(folder.path) == other
+    runs = (Context(folder, loaded, "cpu", Reporter(quiet=True)) for loaded in (load_recipe(recipe), other))
+    before, after = (Pipeline(context).fingerprints for context in runs)
+    assert before == after
 
 
 def test_a_foreign_folder_is_left_alone(folder, recipe):

@@ -147,7 +147,7 @@ def test_a_step_of_training_saved_and_loaded(weights, tmp_path, tuning):
         (output.images.square().mean() + sum(output.losses.values())).backward()
         optimizer.step()
         optimizer.zero_grad()
-        averaged.update(tokenizer)
+        averaged.update()
     moved = {name for name, tensor in tokenizer.encoder.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == {name for name, p in tokenizer.encoder.named_parameters() if p.requires_grad}
     tokenizer.eval().save_pretrained(tmp_path / "saved")

@@ -17,6 +17,7 @@ from smalti.quant import lookup
 from smalti.quant.lookup import nearest_code, nearest_code_in_blocks
 
 CASES = Path(__file__).parent / "triton_cases.py"
+COMPILE = Path(__file__).parent / "triton_compile.py"
 
 
 def _cases() -> ModuleType:
@@ -33,6 +34,17 @@ def test_interpreted_it_equals_the_definition() -> None:
     done = subprocess.run([sys.executable, CASES], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "all equal\n"
+
+
+@pytest.mark.slow
+def test_it_compiles_without_a_gpu_and_fits_small_cards(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, COMPILE, "8", "64", "256"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shared = [int(size) for size in done.stdout.split()]
+    assert len(shared) == 3
+    assert max(shared) <= 99 * 1024
 
 
 def test_without_triton_the_search_goes_through_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,42 +200,61 @@ def test_torchvision_is_asked_for_by_name(tmp_path, monkeypatch):
         PerceptualOptions(weights=tmp_path / "weights.pth").build()
 
 
-class Head(torch.nn.Module):
+class Codes:
+    """A decoder that predicts so many codes."""
+
     def __init__(self, codes):
-        super().__init__()
-        self.logits = torch.nn.Linear(8, codes)
+        self.proxy_codes = codes
+
+    def code_logits(self, latent):
+        raise AssertionError
 
 
-def test_proxy_codes_are_learned_from_the_logits_of_the_decoder(tokenizer, tmp_path, output):
+def with_decoder(model, decoder):
+    del model.decoder
+    model.decoder = decoder
+    return model
+
+
+def test_proxy_codes_are_learned_from_logits_in_the_place_of_images(tokenizer, tmp_path, output):
     proxy = tokenizer()
     proxy.save_pretrained(tmp_path / "proxy")
     loss = ProxyCodesOptions(tokenizer=str(tmp_path / "proxy")).build()
-    student = tokenizer()
-    student.decoder.head = Head(16)
-    loss.attach(student)
+    loss.attach(with_decoder(tokenizer(), Codes(16)))
     first, _ = images(2, 1, 8)
-    logits = student.decoder.head.logits(torch.randn(2, 2, 2, 8))
-    value = loss(output(first), first, 0)
-    tokens = proxy.encode(first)
-    expected = F.cross_entropy(logits.reshape(-1, 16), tokens.reshape(-1))
+    logits = torch.randn(2, 16, 2, 2, requires_grad=True)
+    value = loss(output(logits), first, 0)
+    expected = F.cross_entropy(logits.flatten(2), proxy.encode(first)[..., 0])
     torch.testing.assert_close(value, expected)
-    value.backward()
-    assert bool(student.decoder.head.logits.weight.grad.any())
+    assert torch.autograd.grad(value, logits)[0].abs().sum() > 0
     assert not loss.state_dict()
-    student.decoder.head.logits(torch.randn(2, 2, 4, 8))
-    with pytest.raises(UserError, match=r"^proxy-codes: the logits are \(2, 8, 16\), but the proxy has 4 positions"):
-        loss(output(first), first, 0)
+    with pytest.raises(UserError, match=r"^proxy-codes: the decoder has 8 positions, but the proxy 4 tokens$"):
+        loss(output(torch.randn(2, 16, 2, 4)), first, 0)
 
 
-def test_proxy_codes_need_logits_and_one_stream(tokenizer, monkeypatch):
-    with pytest.raises(UserError, match=r"^the loss proxy-codes needs a decoder with a head of logits over codes: "):
-        ProxyCodes(tokenizer()).attach(tokenizer())
+def test_proxy_codes_need_a_decoder_that_predicts_them_and_one_stream(tokenizer, monkeypatch):
+    for decoder in (torch.nn.Identity(), Codes(None)):
+        with pytest.raises(
+            UserError, match=r"^the loss proxy-codes needs a decoder with a head of logits over codes: "
+        ):
+            ProxyCodes(tokenizer()).attach(with_decoder(tokenizer(), decoder))
+    with pytest.raises(UserError, match=r"^proxy-codes: the decoder predicts 8 codes, but the proxy has 16$"):
+        ProxyCodes(tokenizer()).attach(with_decoder(tokenizer(), Codes(8)))
     two = tokenizer()
     layout = two.layout().model_copy(update={"vocab": (4, 4)})
     monkeypatch.setattr(type(two), "layout", lambda self: layout)
     with pytest.raises(UserError, match=r"^proxy codes are those of one stream, but the tokenizer gives grid 2x2, 2 "):
         ProxyCodes(two)
     assert isinstance(two, Tokenizer)
+
+
+def test_losses_of_codes_and_of_pixels_do_not_mix(tokenizer, tmp_path):
+    tokenizer().save_pretrained(tmp_path)
+    codes = ProxyCodesOptions(tokenizer=str(tmp_path))
+    student = with_decoder(tokenizer(), Codes(16))
+    assert LossTerms([codes], student).of_proxy
+    with pytest.raises(UserError, match=r"^the loss proxy-codes is learned without pixels and goes without l2$"):
+        LossTerms([codes, L2Options()], student)
 
 
 def test_terms_are_weighted_and_named_apart(tokenizer, output):

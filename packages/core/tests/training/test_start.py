@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from smalti.core.checkpoints import importing
 from smalti.core.errors import UserError
+from smalti.core.training.options import Start
 from smalti.core.training.start import load_start
 
 
@@ -62,3 +64,81 @@ def test_nothing_usable_there(tokenizer, tmp_path, monkeypatch, source, sentence
     torch.save({"weight": torch.zeros(2)}, tmp_path / "file.pt")
     with pytest.raises(UserError, match=sentence):
         load_start(tokenizer(), source)
+
+
+def changed(model, by):
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.add_(by)
+    return model
+
+
+def test_parts_begin_with_weights_of_their_own(tokenizer, tmp_path):
+    changed(tokenizer(), 1).save_pretrained(tmp_path / "one")
+    changed(tokenizer(), 2).save_pretrained(tmp_path / "other")
+    fresh, whole = tokenizer(), tokenizer().state_dict()
+    load_start(
+        fresh,
+        (
+            Start(source=str(tmp_path / "one")),
+            Start(source=str(tmp_path / "other"), part="from_codes", into="from_codes"),
+            Start(source=str(tmp_path / "other"), part="decoder", into="decoder"),
+        ),
+    )
+    for name, tensor in fresh.state_dict().items():
+        by = 2 if name.startswith(("from_codes.", "decoder.")) else 1
+        assert torch.equal(tensor, whole[name] + by), name
+
+
+def test_what_no_start_fills_begins_at_random(tokenizer, tmp_path):
+    changed(tokenizer(), 1).save_pretrained(tmp_path)
+    fresh, whole = tokenizer(), tokenizer().state_dict()
+    load_start(fresh, [Start(source=str(tmp_path), part="to_codes.bias", into="to_codes.bias")])
+    for name, tensor in fresh.state_dict().items():
+        assert torch.equal(tensor, whole[name] + (name == "to_codes.bias")), name
+
+
+def test_a_part_of_a_published_file(tokenizer, tmp_path, monkeypatch):
+    published = changed(tokenizer(), 3)
+    monkeypatch.setattr(importing, "import_checkpoint", lambda path: published)
+    (tmp_path / "file.bin").touch()
+    fresh = tokenizer()
+    load_start(fresh, [Start(source=str(tmp_path / "file.bin"), part="decoder", into="decoder")])
+    assert all(
+        torch.equal(tensor, published.decoder.state_dict()[name]) for name, tensor in fresh.decoder.state_dict().items()
+    )
+    assert not torch.equal(fresh.to_codes.weight, published.to_codes.weight)
+
+
+@pytest.mark.parametrize(
+    ("part", "into", "sentence"),
+    [
+        (
+            "decodr",
+            "decoder",
+            "{source} has no part 'decodr', there are decoder, encoder, from_codes, to_codes",
+        ),
+        (
+            "to_codes",
+            "to_codes.gain",
+            "the recipe's tokenizer has no part 'to_codes.gain', there are to_codes.bias, to_codes.weight",
+        ),
+        (
+            "from_codes",
+            "to_codes",
+            "{source} does not fit the recipe's tokenizer: to_codes.weight is (8, 4), should be (4, 8); "
+            "to_codes.bias is (8,), should be (4,)",
+        ),
+        (
+            "to_codes.bias",
+            "to_codes",
+            "{source} does not fit the recipe's tokenizer: it lacks to_codes.bias, to_codes.weight; "
+            "it has to_codes too many",
+        ),
+    ],
+)
+def test_parts_that_are_not_there_or_do_not_fit(tokenizer, tmp_path, part, into, sentence):
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError) as raised:
+        load_start(tokenizer(), [Start(source=str(tmp_path), part=part, into=into)])
+    assert str(raised.value) == f"train.tokenizer.start: {sentence.format(source=tmp_path)}"

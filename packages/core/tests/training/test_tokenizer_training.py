@@ -21,6 +21,7 @@ from smalti.core.training import loop
 from smalti.core.training.loop import train
 from smalti.core.training.options import Perturbation, TokenizerTraining
 from smalti.core.training.perturbation import LatentPerturbation, perturbed
+from smalti.core.training.schedule import multiplier
 from smalti.core.training.tasks import TokenizerTask
 
 PATCHGAN = {"name": "patchgan", "width": 8, "layers": 1}
@@ -132,8 +133,22 @@ def test_the_discriminator_trains_as_told(tokenizer):
     task = TokenizerTask(tokenizer(), options)
     own = task.optimization("discriminator", options)
     assert (own.learning_rate, own.weight_decay, own.warmup_steps, own.steps) == (0.5, 0.0, 2, 7)
+    assert (own.warmup_from, own.final_ratio) == (options.warmup_from, options.final_ratio)
     assert task.optimization("tokenizer", options) is options
     assert task.first_steps == {"discriminator": 3}
+
+
+def test_the_discriminators_rate_has_a_course_of_its_own(tokenizer):
+    options = training(
+        steps=12,
+        warmup_steps=4,
+        warmup_from=0.5,
+        final_ratio=0.2,
+        adversarial={"discriminator": PATCHGAN, "warmup_steps": 2, "warmup_from": 0.0, "final_ratio": 0.1},
+    )
+    own = TokenizerTask(tokenizer(), options).optimization("discriminator", options)
+    assert [multiplier(own, step) for step in (0, 1, 2, 11)] == pytest.approx([0.0, 0.5, 1.0, 0.1])
+    assert [multiplier(options, step) for step in (0, 4, 11)] == pytest.approx([0.5, 1.0, 0.2])
 
 
 def objectives(task, step=0, between=None):

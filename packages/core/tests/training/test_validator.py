@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import ValidationError
 
 from smalti.core.contracts import Features, Tokenizer
 from smalti.core.data.folders import FolderOptions
@@ -15,7 +16,9 @@ from smalti.core.errors import UserError
 from smalti.core.options import FeaturesOptions
 from smalti.core.progress import Reporter
 from smalti.core.run_folder import RunFolder
+from smalti.core.testing.processes import run_in_processes
 from smalti.core.training.options import Validation
+from smalti.core.training.sharding import divided, shard
 from smalti.core.training.validator import Validator, frechet_distance
 
 
@@ -106,11 +109,60 @@ def test_without_averages_pictures_and_best(tokenizer, run):
     assert not run.path.exists()
 
 
+def test_the_best_distance_without_features(tokenizer, run):
+    with pytest.raises(UserError) as told:
+        validator(tokenizer(), run, best={"metric": "rfid", "prefer": "lower"})
+    assert str(told.value) == (
+        "train.tokenizer.validation.best: 'rfid' is not measured, only difference is: it needs validation.features, "
+        "of which none is installed (smalti-eval brings some)"
+    )
+
+
+def test_features_without_a_pool(tokenizer, run, monkeypatch):
+    monkeypatch.setattr(Pixels, "forward", lambda _self, images: {"spatial": images.float()})
+    with pytest.raises(UserError, match=r"^Pixels gives the features spatial; a Frechet distance needs pool$"):
+        validator(tokenizer(), run, best=None, features=PixelsOptions())(5, None, None)
+
+
+def test_features_of_a_name_that_is_not_installed():
+    with pytest.raises(ValidationError, match="unknown features 'inception'; installed: none"):
+        Validation.model_validate({"features": "inception"})
+
+
 def test_the_best_of_what_is_not_measured(tokenizer, run):
     with pytest.raises(
         UserError, match=r"^train.tokenizer.validation.best: 'psnr' is not measured, only difference is$"
     ):
         validator(tokenizer(), run, best={})
+
+
+def looked(rank, model, other, folder, sharded):
+    """What one of several processes finds, before and after the weights were replaced by averages."""
+    if sharded:
+        shard(model, torch.device("cpu"))
+    own = model.state_dict()
+    averaged = {name: divided(tensor, own[name]) for name, tensor in other.items()}
+    changes = {"images": 9, "batch_size": 2, "pictures": 7, "features": PixelsOptions()}
+    look = validator(model, RunFolder(folder), **changes)
+    return look(1, averaged, None), look(2, averaged, None), look.best, len(look._images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_find_what_one_finds(tokenizer, run, sharded):
+    other = tokenizer()
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(0.1)
+    folder = run.path.parent / "two"
+    arguments = (tokenizer().eval(), other.state_dict(), str(folder), sharded)
+    first, second = run_in_processes(looked, *arguments)
+    expected = looked(0, tokenizer().eval(), other.state_dict(), str(run.path), sharded=False)
+    assert (first[3], second[3], expected[3]) == (2, 3, 5)
+    assert first[:3] == second[:3] == expected[:3]
+    assert expected[0]["weights"] == expected[1]["weights"] != expected[0]["ema"]
+    for name in ("images/test-00000002.png", "tokenizer-best/model.safetensors", "tokenizer-best/ema.safetensors"):
+        assert (folder / name).read_bytes() == (run / name).read_bytes()
 
 
 @settings(deadline=None, max_examples=20)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
@@ -53,12 +53,13 @@ class AutoencoderOutput:
     """What an autoencoder makes of images in training.
 
     `images` `(B, C, H, W)` are the reconstructions with gradients; `posterior` what they were drawn from; `losses`
-    weighted scalar terms.
+    weighted scalar terms; `features` whatever further losses need, by name.
     """
 
     images: Tensor
     posterior: DiagonalGaussian
     losses: dict[str, Tensor]
+    features: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Autoencoder(nn.Module, Pretrained, ABC):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from smalti.core.compare_command import add_compare_command
 from smalti.core.data_commands import add_data_commands
 from smalti.core.errors import UserError
 from smalti.core.model_commands import add_model_commands
@@ -80,6 +81,7 @@ def _add_command(group: typer.Typer, name: str, summary: str, stage: str | None 
 
 _add_command(app, "run", "Run all stages of a recipe; what is done and unchanged is skipped.")
 _add_command(train, "tokenizer", "Train the recipe's tokenizer on its images.", "train-tokenizer")
+_add_command(train, "autoencoder", "Train the recipe's autoencoder on its images.", "train-autoencoder")
 _add_command(app, "tokenize", "Turn the training images into token shards.", "tokenize")
 _add_command(train, "generator", "Train the recipe's generator on the token shards.", "train-generator")
 _add_command(app, "sample", "Draw images of all classes.", "sample")
@@ -167,6 +169,7 @@ def plugins(
 add_model_commands(app)
 add_data_commands(app)
 add_probe_command(app)
+add_compare_command(app)
 
 
 def _run(

@@ -196,14 +196,18 @@ def code_distances(quantizer: Quantizer) -> list[list[float]]:
         tokens[:, 0, stream] = torch.arange(size, device=device)
         codes = quantizer.decode(tokens, (1,)).reshape(size, -1).float()
         chosen = torch.linspace(0, size - 1, min(size, _SAMPLE), device=device).long()
-        nearest = torch.cat([_nearest_other(codes, some) for some in chosen.split(max(1, _BLOCK // size))])
+        lengths = codes.square().sum(1).mul_(-0.5)
+        nearest = torch.cat([_nearest_other(codes, lengths, some) for some in chosen.split(max(1, _BLOCK // size))])
         # By a product first, which is quick but rounds, then by the difference: codes that almost coincide count.
         distances = (codes[chosen] - codes[nearest]).norm(dim=1)
         spectra.append(distances.quantile(torch.tensor(DISTANCE_QUANTILES, device=device)).tolist())
     return spectra
 
 
-def _nearest_other(codes: Tensor, chosen: Tensor) -> Tensor:
-    """The index `(n,)` of the code that is nearest to each of those with indices `chosen` `(n,)`, itself left out."""
-    scores = torch.addmm(codes.square().sum(1).mul_(-0.5), codes[chosen], codes.t())
+def _nearest_other(codes: Tensor, lengths: Tensor, chosen: Tensor) -> Tensor:
+    """The index `(n,)` of the code that is nearest to each of those with indices `chosen` `(n,)`, itself left out.
+
+    `lengths` are the codes' squared lengths times -0.5.
+    """
+    scores = torch.addmm(lengths, codes[chosen], codes.t())
     return scores.scatter_(1, chosen[:, None], float("-inf")).argmax(1)

@@ -106,9 +106,9 @@ class FeaturePredictingTokenizer(ComposedTokenizer):
             {name: FeatureHead(head, places) for name, head in options.feature_heads.items()}
         )
 
-    def forward(self, images: Tensor, **context: Tensor) -> TokenizerOutput:
+    def forward(self, images: Tensor, *, proxy: bool = False, **context: Tensor) -> TokenizerOutput:
         """Encode, quantize, decode, and predict features `(B, 1 + N, W)`."""
-        output = super().forward(images, **context)
+        output = super().forward(images, proxy=proxy, **context)
         latent = output.features["latent"]
         features = {name: head(latent) for name, head in self.feature_heads.items()}
         return dataclasses.replace(output, features=output.features | features)

@@ -10,11 +10,13 @@ from smalti.core.run_folder import fingerprint
 from smalti.core.stage import Context, Stage
 from smalti.core.stages.sample import Sample
 from smalti.core.stages.tokenize import Tokenize
+from smalti.core.stages.train_autoencoder import TrainAutoencoder
 from smalti.core.stages.train_generator import TrainGenerator
 from smalti.core.stages.train_tokenizer import TrainTokenizer
 
 COMMANDS = {
     "train-tokenizer": "smalti train tokenizer",
+    "train-autoencoder": "smalti train autoencoder",
     "tokenize": "smalti tokenize",
     "train-generator": "smalti train generator",
     "sample": "smalti sample",
@@ -29,6 +31,7 @@ class Pipeline:
         self.context = context
         stages: list[Stage] = [
             TrainTokenizer(context),
+            TrainAutoencoder(context),
             Tokenize(context),
             TrainGenerator(context),
             Sample(context),

@@ -15,6 +15,9 @@ IMAGE_SIZE = 32
 WIDTH = 64  # of transformers: one head of the published width
 DEPTH = 2
 CODES = 64
+TEXT_TOKENS = 8
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 .,-"
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -83,6 +86,33 @@ class RandomNetworks:
         if not path.exists():
             torch.manual_seed(0)
             Tokenizer.from_config(config).save_pretrained(path)
+        return str(path)
+
+    def text_encoder(self) -> str:
+        """A folder with the text half of a CLIP that reads letters."""
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+        self.tell("the encoder of texts is random")
+        path = self.folder / "clip-text"
+        if not path.exists():
+            ends = ["<|startoftext|>", "<|endoftext|>"]
+            words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), *ends]
+            vocabulary = {word: number for number, word in enumerate(words)}
+            torch.manual_seed(0)
+            tower = CLIPTextModel(
+                CLIPTextConfig(
+                    vocab_size=len(words),
+                    hidden_size=WIDTH,
+                    intermediate_size=2 * WIDTH,
+                    num_hidden_layers=DEPTH,
+                    num_attention_heads=1,
+                    max_position_embeddings=TEXT_TOKENS,
+                    bos_token_id=len(words) - 2,
+                    eos_token_id=len(words) - 1,
+                )
+            )
+            tower.save_pretrained(path)
+            CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(path)
         return str(path)
 
     def _file(self, name: str, shapes: Shapes, *, positive: bool = False) -> str:

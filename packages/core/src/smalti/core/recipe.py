@@ -25,8 +25,10 @@ from pydantic_core import PydanticCustomError
 
 from smalti.core.checkpoints.zoo import zoo_model
 from smalti.core.data.augmentation import Augmentation
+from smalti.core.data.stored_tokens import ArrayTokens, LineTokens
 from smalti.core.errors import UserError
 from smalti.core.options import (
+    AutoencoderOptions,
     DatasetOptions,
     GeneratorOptions,
     Options,
@@ -41,6 +43,18 @@ from smalti.core.sampling_settings import SamplingSettings
 from smalti.core.training.options import GeneratorTraining, TokenizerTraining
 
 Data = dict[str, Any]
+
+# What changes when and where things are computed, looked at or given up, but not what comes out: a run goes on with
+# other values.
+INCIDENTAL = (
+    "data.workers",
+    "data.max_undecodable",
+    *(
+        f"train.{model}.{option}"
+        for model in ("tokenizer", "autoencoder", "generator")
+        for option in ("checkpoint_every", "log_every", "max_skipped", "sharding", "trackers")
+    ),
+)
 
 
 class DataSection(Options):
@@ -62,14 +76,16 @@ class DataSection(Options):
 
 
 class TrainSection(Options):
-    """How the two models are trained.
+    """How the models are trained, each where the recipe has it.
 
     Args:
-        tokenizer: always.
-        generator: None where the recipe ends with the tokenizer.
+        tokenizer: with `tokenizer`.
+        autoencoder: with `autoencoder`.
+        generator: with `generator`; without, the recipe ends with the tokenizer.
     """
 
-    tokenizer: TokenizerTraining
+    tokenizer: TokenizerTraining | None = None
+    autoencoder: TokenizerTraining | None = None
     generator: GeneratorTraining | None = None
 
 
@@ -80,11 +96,25 @@ class TokenizeSection(Options):
         batch_size: images encoded at once.
         shard_size: samples of one tar file.
         flip: add the tokens of every image's mirror image as a second view.
+        ten_crops: crop ranges; each makes ten views in the place of the whole image: fitted into a square that many
+            times as wide, its corners and middle and those of its mirror image (LlamaGen, FQGAN: `[1.1]`, or
+            `[1.1, 1.05]`). A generator is shown one view of each image per epoch, drawn at random.
+        stored: tokens that another project made with this tokenizer, in the place of tokens of `data.train`.
     """
 
     batch_size: Annotated[int, Field(ge=1)] = 64
     shard_size: Annotated[int, Field(ge=1)] = 10_000
     flip: bool = False
+    ten_crops: tuple[Annotated[float, Field(ge=1)], ...] = ()
+    stored: Annotated[ArrayTokens | LineTokens, Field(discriminator="name")] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind_of_views(self) -> Self:
+        if self.flip and self.ten_crops:
+            raise ValueError("ten_crops has mirror images already: leave flip out")
+        if self.stored is not None and (self.flip or self.ten_crops):
+            raise ValueError("stored tokens have the views that they were stored with: leave flip and ten_crops out")
+        return self
 
 
 class SampleSection(SamplingSettings):
@@ -111,6 +141,8 @@ class Recipe(Options):
         checkpoint: the model in the zoo that the source trained with it.
         figures: what the source publishes, by name; None takes those of `checkpoint`.
         seed: of everything random in the run.
+        tokenizer: images to tokens and back.
+        autoencoder: in the place of a tokenizer, images to a continuous latent and back; the recipe ends with it.
         tokenize: None makes no token shards; with a generator it is there by default.
         sample: None draws no images; with a generator it is there by default.
         evaluate: None measures nothing.
@@ -123,7 +155,8 @@ class Recipe(Options):
     figures: dict[str, float] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     data: DataSection
-    tokenizer: Annotated[TokenizerOptions, Slot("tokenizer")]
+    tokenizer: Annotated[TokenizerOptions, Slot("tokenizer")] | None = None
+    autoencoder: Annotated[AutoencoderOptions, Slot("autoencoder")] | None = None
     generator: Annotated[GeneratorOptions, Slot("generator")] | None = None
     train: TrainSection
     tokenize: TokenizeSection | None = None
@@ -140,13 +173,30 @@ class Recipe(Options):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        if (self.generator is None) != (self.train.generator is None):
-            raise PydanticCustomError("missing", "generator and train.generator belong together: give both or neither")
+        if (self.tokenizer is None) == (self.autoencoder is None):
+            raise PydanticCustomError("missing", "a recipe needs a tokenizer or an autoencoder: give one of them")
+        for name in ("tokenizer", "autoencoder", "generator"):
+            if (getattr(self, name) is None) != (getattr(self.train, name) is None):
+                raise PydanticCustomError(
+                    "missing", "{name} and train.{name} belong together: give both or neither", {"name": name}
+                )
         return self
 
+    def decisive(self) -> Data:
+        """The recipe as plain data, without what cannot change a run's results."""
+        content = self.model_dump(mode="json")
+        for path in INCIDENTAL:
+            *above, option = path.split(".")
+            options: Any = content
+            for key in above:
+                options = None if options is None else options[key]
+            if options is not None:
+                del options[option]
+        return content
+
     def section(self, path: str) -> Any:
-        """The part at a dotted path, as plain data; None where the recipe has none."""
-        value: Any = self.model_dump(mode="json")
+        """The part of `decisive` at a dotted path; None where the recipe has none."""
+        value: Any = self.decisive()
         for key in path.split("."):
             value = None if value is None else value[key]
         return value

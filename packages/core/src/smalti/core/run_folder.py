@@ -3,6 +3,7 @@
 recipe.yaml        the resolved recipe
 tokenizer/         config.json, model.safetensors, ema.safetensors
 tokenizer-best/    the same, at the best validation so far
+autoencoder/, autoencoder-best/   in their place, where the recipe trains an autoencoder
 images/            held-out images beside their reconstructions, by step
 tokens/            token shards (tar) and layout.json
 generator/         as tokenizer/
@@ -69,10 +70,10 @@ class RunFolder:
 
     def _check_same(self, recipe: Recipe) -> None:
         try:
-            there = load_recipe(self.path).model_dump(mode="json")
+            there = load_recipe(self.path).decisive()
         except UserError as error:
             raise UserError(f"the recipe in {self.path} cannot be read ({error}); --force replaces it") from None
-        found = differences(there, recipe.model_dump(mode="json"))
+        found = differences(there, recipe.decisive())
         if found:
             more = f" and {len(found) - 5} more" if len(found) > 5 else ""
             raise UserError(

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from smalti.core.errors import UserError
 from smalti.core.options import sentences
-from smalti.core.random_networks import CODES, DEPTH, IMAGE_SIZE, WIDTH, RandomNetworks
+from smalti.core.random_networks import CODES, DEPTH, IMAGE_SIZE, TEXT_TOKENS, WIDTH, RandomNetworks
 from smalti.core.recipe import Recipe
 
 Data = dict[str, Any]
@@ -26,10 +26,11 @@ STEPS = 4
 # Numbers that are sizes wherever they stand in the tokenizer, the generator or the evaluation: the largest allowed.
 LARGEST = {
     **dict.fromkeys(("layers", "depth", "adapter_depth"), DEPTH),
-    **dict.fromkeys(("dim", "width", "mlp_width"), WIDTH),
+    **dict.fromkeys(("dim", "width", "mlp_width", "text_width"), WIDTH),
     **dict.fromkeys(("heads", "adapter_heads", "blocks"), 1),
     **dict.fromkeys(("codebook_size", "codes"), CODES),
     **dict.fromkeys(("tokens", "latents"), 4),
+    "text_tokens": TEXT_TOKENS,
 }
 # Updates at which something begins or ends: after the first one, so that both sides of it are seen.
 MOMENTS = (
@@ -56,10 +57,11 @@ def shrunk(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Recipe:
     content["name"] += "-shrunk"
     content["checkpoint"], content["figures"] = None, None
     _data(content["data"], recipe, say)
-    _tokenizer(content["tokenizer"], random)
+    kind = "tokenizer" if recipe.tokenizer is not None else "autoencoder"
+    _tokenizer(content[kind], random)
     if content["generator"] is not None:
         _capped(content["generator"])
-    _training(content["train"]["tokenizer"], content["tokenizer"], random)
+    _training(content["train"][kind], content[kind], random)
     if content["train"]["generator"] is not None:
         _optimization(content["train"]["generator"])
     for name, sizes in (("tokenize", {"batch_size": 100}), ("sample", {"count": 20, "batch_size": 10})):
@@ -178,9 +180,12 @@ def _scales(scales: list[Any]) -> list[Any]:
 
 def _training(training: Data, tokenizer: Data, random: RandomNetworks) -> None:
     _optimization(training)
-    if training.get("start") is not None:
-        random.tell(f"{training['start']} has other sizes, training starts at random")
-        training["start"] = None
+    start = training.get("start") or ()
+    for source in dict.fromkeys([start] if isinstance(start, str) else [each["source"] for each in start]):
+        random.tell(f"{source} has other sizes, training starts at random")
+    training["start"] = None
+    if (training.get("text") or {}).get("encoder") is not None:
+        training["text"]["encoder"] = random.text_encoder()
     training["losses"] = [loss for loss in training["losses"] if _loss(loss, tokenizer, random)]
     for ramp in training["ramps"].values():
         ramp["steps"] = 1

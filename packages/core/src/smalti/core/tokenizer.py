@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,18 @@ class ComposedOptions(TokenizerOptions):
         return ComposedTokenizer(self)
 
 
+@runtime_checkable
+class CodePredictor(Protocol):
+    """A decoder that predicts the codes of another tokenizer on its way to pixels (TiTok's proxy codes)."""
+
+    @property
+    def proxy_codes(self) -> int | None:
+        """K, how many there are; None where this one predicts none."""
+
+    def code_logits(self, latent: Tensor) -> Tensor:
+        """A latent `(B, *space, width)` to logits `(B, K, h, w)`."""
+
+
 class ComposedTokenizer(Tokenizer):
     """Encoder, projection to the quantizer's width, quantizer, projection to the decoder's width, decoder.
 
@@ -63,12 +75,23 @@ class ComposedTokenizer(Tokenizer):
         size = self.preprocessing.image_size
         return self.quantizer.layout(self.encoder.latent_space(image_size or (size, size)))
 
-    def forward(self, images: Tensor, **context: Tensor) -> TokenizerOutput:
-        """Encode, quantize and decode."""
+    def forward(self, images: Tensor, *, proxy: bool = False, **context: Tensor) -> TokenizerOutput:
+        """Encode, quantize and decode.
+
+        Args:
+            images: `(B, C, H, W)`.
+            proxy: stop before the pixels: in the place of images come a `CodePredictor`'s logits `(B, K, h, w)`.
+            context: what the decoder reads beside the latent.
+        """
         check_images(images, self.preprocessing.channels)
         quantized = self.quantizer(self.to_codes(self.encoder(images)))
-        reconstructions = self.decoder(self.from_codes(quantized.latent), **context)
-        return TokenizerOutput(reconstructions, quantized.tokens, quantized.losses, {"latent": quantized.latent})
+        latent = self.from_codes(quantized.latent)
+        if proxy:
+            assert isinstance(self.decoder, CodePredictor), "the decoder predicts no codes"
+            decoded = self.decoder.code_logits(latent)
+        else:
+            decoded = self.decoder(latent, **context)
+        return TokenizerOutput(decoded, quantized.tokens, quantized.losses, {"latent": quantized.latent})
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

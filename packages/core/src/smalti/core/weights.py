@@ -48,11 +48,22 @@ class Pretrained:
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Build the module from what `config()` gave."""
 
-    def save_pretrained(self, folder: str | Path, ema: Mapping[str, Tensor] | None = None) -> None:
-        """Write configuration and weights; `ema`, averaged weights under the same names, goes beside them."""
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        ema: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write configuration and weights.
+
+        Args:
+            folder: where to.
+            ema: averaged weights under the same names, to go beside them.
+            weights: its own, where the module itself holds only a part of them.
+        """
         assert isinstance(self, nn.Module)
         folder = Path(folder)
-        save_tensors(folder / WEIGHTS, self.state_dict())
+        save_tensors(folder / WEIGHTS, self.state_dict() if weights is None else weights)
         if ema is not None:
             save_tensors(folder / EMA_WEIGHTS, ema)
         write_json(folder / CONFIG, self.config())

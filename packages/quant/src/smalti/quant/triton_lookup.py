@@ -7,8 +7,6 @@ Legend: N vectors, K codes, D width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -21,12 +19,12 @@ NARROWEST = 16  # of a product in Triton
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _search(
-    vectors: Any,
-    codebook: Any,
-    half_norms: Any,
-    nearest: Any,
-    count: Any,
-    size: Any,
+    vectors: tl.tensor,
+    codebook: tl.tensor,
+    half_norms: tl.tensor,
+    nearest: tl.tensor,
+    count: tl.tensor,
+    size: tl.tensor,
     width: tl.constexpr,
     row_block: tl.constexpr,
     code_block: tl.constexpr,
@@ -94,5 +92,7 @@ def nearest_code_fused(vectors: Tensor, codebook: Tensor) -> Tensor:
             row_block=ROWS,
             code_block=CODES,
             width_block=block,
+            # Blocks read ahead must fit the shared memory of small cards, 99 KiB.
+            num_stages=3 if width <= MAX_WIDTH else 1,
         )
     return nearest

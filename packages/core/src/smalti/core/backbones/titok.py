@@ -179,6 +179,18 @@ class TiTokDecoder(Decoder):
         images: Tensor = self.head(self.grid(latent, extra))
         return images
 
+    @property
+    def proxy_codes(self) -> int | None:
+        """K, of the proxy codes that it predicts; None with a head of pixels."""
+        head = self.options.head
+        return None if isinstance(head, PixelHeadOptions) else head.codes
+
+    def code_logits(self, latent: Tensor) -> Tensor:
+        """Latent `(B, n, D)` to logits over the proxy codes, `(B, K, h, w)`: decoding without its last part, pixels."""
+        assert isinstance(self.head, LogitsHead | ProxyHead), "there are no proxy codes"
+        logits: Tensor = self.head.logits(self.grid(latent))
+        return logits.movedim(-1, 1)
+
     def grid(self, latent: Tensor, extra: Tensor | None = None) -> Tensor:
         """The same as far as the grid `(B, h, w, D)` that the head takes.
 
@@ -194,9 +206,9 @@ class TiTokDecoder(Decoder):
 
 
 class LogitsHead(nn.Module):
-    """Logits over the codes of another tokenizer: a TiTok after its first stage of training (TiTok section 3.3).
+    """Logits over the codes of another tokenizer: a TiTok of the first stage, as published (TiTok section 3.3).
 
-    `logits` takes `(B, h, w, D)` to `(B, h, w, K)`.
+    `logits` takes `(B, h, w, D)` to `(B, h, w, K)`. Pixels are the business of `ProxyHead`, whose logits are the same.
     """
 
     def __init__(self, options: LogitsHeadOptions, width: int) -> None:

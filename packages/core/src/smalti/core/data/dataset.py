@@ -27,17 +27,24 @@ class Record(NamedTuple):
         content: its bytes, or where they are read from.
         label: below the number of classes.
         box: left, top, right, bottom in pixels: the part that counts, where it is not the whole image.
+        text: its caption in UTF-8, or features of one as a `.npy` file has them; None without.
     """
 
     key: str
     content: bytes | Content
     label: int
     box: Box | None = None
+    text: bytes | Content | None = None
 
     @property
     def image(self) -> bytes:
         """The bytes of the image file."""
         return self.content if isinstance(self.content, bytes) else self.content.read()
+
+    @property
+    def text_bytes(self) -> bytes | None:
+        """The bytes of the text."""
+        return self.text if self.text is None or isinstance(self.text, bytes) else self.text.read()
 
 
 class FilePart(NamedTuple):

@@ -25,7 +25,7 @@ from smalti.core.data.picture import Pixels, UndecodableImageError, read_picture
 from smalti.core.errors import UserError
 from smalti.core.options import Preprocessing
 
-__all__ = ["UndecodableImageError", "decode", "decode_augmented", "decode_ten_crops", "decode_whole"]
+__all__ = ["UndecodableImageError", "decode", "decode_augmented", "decode_ten_crops", "decode_whole", "ten_views"]
 
 
 def decode(image: bytes, preprocessing: Preprocessing, box: Box | None = None) -> Pixels:
@@ -71,6 +71,12 @@ def decode_augmented(
     if augmentation.flip and draws.random() < 0.5:
         pixels = pixels[:, ::-1]
     return _channels_first(pixels)
+
+
+def ten_views(crop_range: float) -> tuple[str, ...]:
+    """Names of the views of `decode_ten_crops`, in their order."""
+    places = ("top left", "top right", "bottom left", "bottom right", "middle")
+    return tuple(f"{side}{place} of {crop_range:g}" for side in ("", "mirrored ") for place in places)
 
 
 def decode_ten_crops(

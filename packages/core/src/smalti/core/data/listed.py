@@ -27,6 +27,7 @@ class ListedImages(IndexedDataset):
         files: paths.
         labels: of the files; None for sets without, all of whose labels are 0.
         box: the part of every image that counts.
+        texts: captions of the files.
 
     Raises:
         UserError: a label is out of range, or there is no file.
@@ -40,12 +41,13 @@ class ListedImages(IndexedDataset):
         files: Sequence[str],
         labels: Sequence[int] | None = None,
         box: Box | None = None,
+        texts: Sequence[str] | None = None,
     ) -> None:
         if not files:
             raise UserError(f"{name} in {root} holds no image")
         self.name, self.classes = name, tuple(classes)
         self.root, self.box = str(root), box
-        self._files = files
+        self._files, self._texts = files, texts
         self._labels = np.zeros(len(files), np.int64) if labels is None else np.array(labels, np.int64)
         assert len(self._labels) == len(files)
         outside = np.flatnonzero((self._labels < 0) | (self._labels >= len(self.classes)))
@@ -61,7 +63,9 @@ class ListedImages(IndexedDataset):
         """One of the images."""
         file = self._files[index]
         key = file if self._whole_keys else os.path.splitext(file)[0]  # noqa: PTH122
-        return Record(key, FilePart(os.path.join(self.root, file)), int(self._labels[index]), self.box)  # noqa: PTH118
+        content = FilePart(os.path.join(self.root, file))  # noqa: PTH118
+        text = None if self._texts is None else self._texts[index].encode()
+        return Record(key, content, int(self._labels[index]), self.box, text)
 
     def __len__(self) -> int:
         return len(self._files)

@@ -32,6 +32,7 @@ class ListOptions(DatasetOptions):
         image: column of the paths; None takes the first of `COLUMNS` that is there.
         label: column of the labels, for `.txt` any name; None: all labels are 0.
         classes: how many, or their names; None: labels that are numbers go up to the largest one, names are sorted.
+        text: column of the images' captions; not in `.txt`.
     """
 
     name: Literal["list"] = "list"
@@ -40,6 +41,7 @@ class ListOptions(DatasetOptions):
     image: str | None = None
     label: str | None = None
     classes: Annotated[int, Field(ge=1)] | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    text: str | None = None
 
     def build(self) -> ImageDataset:
         """Read the list; no image is looked at."""
@@ -52,10 +54,15 @@ class ListOptions(DatasetOptions):
         root = path.parent if self.root is None else Path(self.root).expanduser()
         if not root.is_dir():
             raise wrong_place(root, f"the folder of the images that {path} lists")
+        texts = None
+        if self.text is not None:
+            if path.suffix == ".txt":
+                raise UserError(f"{path} cannot hold texts beside its images: take .csv, .json or .jsonl")
+            texts = [str(text) for text in _column(rows, self.text, (), path)]
         if self.label is None:
-            return ListedImages(path.stem, ["all"], root, files)
+            return ListedImages(path.stem, ["all"], root, files, texts=texts)
         classes, labels = numbered(_column(rows, self.label, ("label",), path), self.classes, str(path))
-        return ListedImages(path.stem, classes, root, files, labels)
+        return ListedImages(path.stem, classes, root, files, labels, texts=texts)
 
 
 class MiniImageNetOptions(DatasetOptions):

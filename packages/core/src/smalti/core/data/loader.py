@@ -6,7 +6,7 @@ Legend: B batch, C channels, H W pixels, V views.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import islice
@@ -22,6 +22,7 @@ from smalti.core.data.dataset import ImageDataset, Record
 from smalti.core.data.decode import UndecodableImageError, decode, decode_augmented, decode_ten_crops
 from smalti.core.data.parallel import ahead, in_order
 from smalti.core.data.position import Position, Shared
+from smalti.core.data.texts import Text, text_of
 from smalti.core.errors import UserError
 from smalti.core.noise import mixed_seed
 from smalti.core.options import Preprocessing
@@ -31,11 +32,12 @@ BATCHES_AHEAD = 2
 
 
 class Batch(NamedTuple):
-    """`images` float32 `(B, C, H, W)` in [-1, 1], `labels` int64 `(B,)`, `keys` B names."""
+    """`images` float32 `(B, C, H, W)` in [-1, 1], `labels` int64 `(B,)`, `keys` B names, `texts` B of them, or none."""
 
     images: Tensor
     labels: Tensor
     keys: list[str]
+    texts: Sequence[Text] = ()
 
 
 class IndexedBatch(NamedTuple):
@@ -44,6 +46,7 @@ class IndexedBatch(NamedTuple):
     images: Tensor
     labels: Tensor
     keys: list[str]
+    texts: Sequence[Text]
     indices: Tensor
 
 
@@ -269,10 +272,11 @@ class _LeftOut:
             self.warn(f"image {key!r} of {self.name} cannot be decoded and is left out: {error}")
 
 
-def _joined(rows: list[tuple[Record, NDArray[np.uint8]]]) -> tuple[Tensor, Tensor, list[str]]:
+def _joined(rows: list[tuple[Record, NDArray[np.uint8]]]) -> tuple[Tensor, Tensor, list[str], list[Text]]:
     images = np.empty((len(rows), *rows[0][1].shape), np.float32)
     for image, (_, pixels) in zip(images, rows, strict=True):  # one by one they stay in the processor's cache
         np.divide(pixels, np.float32(127.5), out=image, dtype=np.float32)
         np.subtract(image, np.float32(1), out=image)
     labels = torch.tensor([record.label for record, _ in rows])
-    return torch.from_numpy(images), labels, [record.key for record, _ in rows]
+    records = [record for record, _ in rows]
+    return torch.from_numpy(images), labels, [record.key for record in records], [text_of(record) for record in records]

@@ -23,6 +23,7 @@ from smalti.core.data.geometry import resized
 from smalti.core.data.parallel import in_order
 from smalti.core.data.picture import Pixels
 from smalti.core.data.tar_shards import index_shard
+from smalti.core.data.texts import is_features
 from smalti.core.data.webdataset import CARD
 from smalti.core.errors import UserError
 from smalti.core.files import atomic_write, read_json, remove_temporaries, write_json
@@ -148,7 +149,9 @@ def _written(shard: _Shard, encoded: Callable[[Record], tuple[str, bytes]]) -> t
             except UndecodableImageError as error:
                 damaged.append(f"image {record.key!r} cannot be decoded and is left out: {error}")
                 continue
-            tar.write({"__key__": key, ending: content, "cls": str(record.label).encode()})
+            text = record.text_bytes
+            texts = {} if text is None else {"npy" if is_features(text) else "txt": text}
+            tar.write({"__key__": key, ending: content, "cls": str(record.label).encode()} | texts)
     return path.name, len(records) - len(damaged), damaged
 
 

@@ -1,15 +1,17 @@
 """Images in WebDataset tar shards, local or on object storage.
 
 A sample is the files of one key: an image (`.png`, `.jpg`, `.jpeg`, `.webp`) and a label (`.cls` with a
-number, or `.json` with a number under `label`). A `dataset.json` beside local shards may tell the name, the
-classes and how many samples each shard holds.
+number, or `.json` with a number under `label`), or in its place a text. A `dataset.json` beside local shards may
+tell the name, the classes and how many samples each shard holds.
 """
 
 from __future__ import annotations
 
 import glob
 import json
+import os
 import random
+import re
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from itertools import islice
@@ -42,12 +44,15 @@ class WebDatasetOptions(DatasetOptions):
             images that come with smalti.
         classes: how many, or their names; None takes them from the `dataset.json` beside the shards.
         shuffle_buffer: undecoded records held to shuffle within and across shards.
+        text: ending of the file of a sample that holds its text: a caption, `txt`, or features of one, `npy`. Samples
+            with a text need no label.
     """
 
     name: Literal["webdataset"] = "webdataset"
     shards: str | Annotated[tuple[str, ...], Field(min_length=1)]
     classes: Annotated[int, Field(ge=1)] | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     shuffle_buffer: Annotated[int, Field(ge=1)] = 10_000
+    text: str | None = None
 
     def build(self) -> WebDataset:
         """Find the shards; nothing is read but `dataset.json`."""
@@ -96,6 +101,8 @@ class WebDataset(ImageDataset):
             return classes
         if card is not None and classes in (None, len(card.classes)):
             return card.classes
+        if classes is None and self.options.text is not None:
+            return ("all",)
         if classes is None:
             raise UserError(f"{self.name} has no {CARD} beside its shards: give the option classes, how many there are")
         return tuple(str(label) for label in range(classes))
@@ -135,10 +142,11 @@ class WebDataset(ImageDataset):
 
         count, size, kept = 0, 0, []
         for sample in index_shard(shard) if is_plain(shard) else read_shard(shard):
-            record = _record(sample, shard, len(self.classes))
+            record = _record(sample, shard, len(self.classes), self.options.text)
             yield record
             count += 1
-            size += len(record.content) if isinstance(record.content, bytes) else INDEX_BYTES
+            parts = [record.content, *([] if record.text is None else [record.text])]
+            size += sum(len(part) if isinstance(part, bytes) else INDEX_BYTES for part in parts)
             if size <= self._room:
                 kept.append(record)
         if self._told.get(shard, count) != count:
@@ -159,14 +167,21 @@ class WebDataset(ImageDataset):
 def find_shards(pattern: str) -> list[str]:
     """The shards that a path, glob, brace range or URL stands for; globs in the order of names.
 
+    `${NAME}` in it is the environment variable `WDS_NAME`.
+
     Raises:
-        UserError: a local pattern matches nothing (says what is there), or braces that do not close.
+        UserError: a local pattern matches nothing (says what is there), an environment variable is not set, or braces
+            do not close.
     """
     from webdataset.shardlists import expand_urls
 
     try:
         expanded: list[str] = expand_urls(pattern)
-    except (AssertionError, ValueError) as error:  # an unset variable; unbalanced braces
+    except AssertionError:
+        named = (f"WDS_{name}" for name in re.findall(r"\$\{(\w+)\}", pattern))
+        unset = ", ".join(name for name in named if name not in os.environ)
+        raise UserError(f"shards {pattern!r} need the environment variable {unset}, which is not set") from None
+    except ValueError as error:  # unbalanced braces
         raise UserError(f"shards {pattern!r} cannot be expanded: {error}") from None
     return [url for part in expanded for url in _matches(part)]
 
@@ -196,17 +211,20 @@ def _read_card(shard: str) -> DatasetCard | None:
         raise UserError(f"{path} cannot be used: {sentences(error)}") from None
 
 
-def _record(sample: dict[str, Any], shard: str, classes: int) -> Record:
+def _record(sample: dict[str, Any], shard: str, classes: int, text: str | None) -> Record:
     where = f"sample {sample['__key__']!r} of shard {shard}"
     images = [sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample]
     if not images:
         found = ", ".join(f".{name}" for name in sample if not name.startswith("__"))
         expected = ", ".join(f".{name}" for name in IMAGE_EXTENSIONS)
         raise UserError(f"{where} has no image: expected one of {expected}, found {found}")
-    label = _label(sample, where)
+    if text is not None and text not in sample:
+        found = ", ".join(f".{name}" for name in sample if not name.startswith("__"))
+        raise UserError(f"{where} has no text: expected .{text}, found {found}")
+    label = 0 if text is not None and not {"cls", "json"} & sample.keys() else _label(sample, where)
     if not 0 <= label < classes:
         raise UserError(f"{where} has the label {label}: with {classes} classes, labels are 0 to {classes - 1}")
-    return Record(sample["__key__"], images[0], label)
+    return Record(sample["__key__"], images[0], label, text=None if text is None else sample[text])
 
 
 def _label(sample: dict[str, Any], where: str) -> int:

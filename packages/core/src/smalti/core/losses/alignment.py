@@ -13,11 +13,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from smalti.core.backbones.positioned_transformer import PositionedTransformer
-from smalti.core.contracts import Tokenizer, TokenizerOutput
+from smalti.core.contracts import Tokenizer
 from smalti.core.errors import UserError
 from smalti.core.losses.branches import Branches, branch_latent, branch_width
 from smalti.core.losses.contrastive import contrastive, gathered
-from smalti.core.losses.loss import Loss
+from smalti.core.losses.loss import Loss, Model, Reconstruction
 from smalti.core.losses.teacher import TeacherOptions
 from smalti.core.options import LossOptions
 
@@ -96,24 +96,25 @@ class Alignment(Loss):
         self.student: nn.Module = nn.Identity()
         self._shared: tuple[nn.Module, ...] = ()
 
-    def attach(self, tokenizer: Tokenizer) -> None:
+    def attach(self, model: Model) -> None:
         """Find the widths; make the student's head or projection.
 
         Raises:
             UserError: widths that do not meet; a tokenizer without a projection to codes.
         """
         options, teacher = self.options, self.teacher.width
-        width = branch_width(tokenizer, options.branches)
+        width = branch_width(model, options.branches)
+        assert isinstance(model, Tokenizer), "nothing else has a quantizer"
         if options.student == "head":
-            self.student = PredictionHead(tokenizer.layout().positions, width, teacher)
+            self.student = PredictionHead(model.layout().positions, width, teacher)
         elif options.projection == "linear":
             self.student = nn.Linear(width, teacher)
         elif options.projection == "tokenizer":
-            self._shared = (_projection_to_codes(tokenizer, teacher, width),)
+            self._shared = (_projection_to_codes(model, teacher, width),)
         elif width != teacher:
             raise UserError(f"alignment: the branch has width {width} and the teacher {teacher}; choose a projection")
 
-    def forward(self, output: TokenizerOutput, images: Tensor, step: int) -> Tensor:
+    def forward(self, output: Reconstruction, images: Tensor, step: int) -> Tensor:
         """The loss of the branch's features with the teacher's."""
         first = int(len(images) * self.options.leave_out)
         latent = branch_latent(output, self.options.branches, self.options.branch)[first:]

@@ -10,27 +10,27 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from smalti.core.contracts import Tokenizer, TokenizerOutput
 from smalti.core.errors import UserError
+from smalti.core.losses.loss import Model, Reconstruction
 
 Branches = Annotated[int, Field(ge=1)]
 
 
-def branch_width(tokenizer: Tokenizer, branches: int) -> int:
+def branch_width(model: Model, branches: int) -> int:
     """d, the width of each of `branches` equal branches of the tokenizer's latent.
 
     Raises:
-        UserError: the tokenizer has no quantizer with a latent, or one that cannot be cut so.
+        UserError: it has no quantizer with a latent, or one that cannot be cut so.
     """
-    width = getattr(getattr(tokenizer, "quantizer", None), "dim", None)
+    width = getattr(getattr(model, "quantizer", None), "dim", None)
     if not isinstance(width, int):
-        raise UserError(f"the tokenizer {tokenizer.options.name!r} has no quantizer with a latent to compare")
+        raise UserError(f"the {model.kind} {model.options.name!r} has no quantizer with a latent to compare")
     if width % branches:
         raise UserError(f"a latent of width {width} cannot be cut into {branches} branches")
     return width // branches
 
 
-def branch_latent(output: TokenizerOutput, branches: int, branch: int) -> Tensor:
+def branch_latent(output: Reconstruction, branches: int, branch: int) -> Tensor:
     """Branch `branch` of the latent after quantization, `(B, *space, d)`, with the quantizer's gradient.
 
     Raises:

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from smalti.core.contracts import Tokenizer, TokenizerOutput
 from smalti.core.losses.branches import branch_latent, branch_width
-from smalti.core.losses.loss import Loss
+from smalti.core.losses.loss import Loss, Model, Reconstruction
 from smalti.core.options import LossOptions
 
 
@@ -42,11 +41,11 @@ class Dependency(Loss):
         super().__init__()
         self.options = options
 
-    def attach(self, tokenizer: Tokenizer) -> None:
+    def attach(self, model: Model) -> None:
         """Check that there are such branches."""
-        branch_width(tokenizer, self.options.branches)
+        branch_width(model, self.options.branches)
 
-    def forward(self, output: TokenizerOutput, images: Tensor, step: int) -> Tensor:
+    def forward(self, output: Reconstruction, images: Tensor, step: int) -> Tensor:
         """The mean over the batch, in [-1, 1]."""
         first, last = (
             branch_latent(output, self.options.branches, branch).flatten(1, -2).float().mean(1) for branch in (0, -1)

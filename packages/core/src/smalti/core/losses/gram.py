@@ -11,8 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from smalti.core.contracts import TokenizerOutput
-from smalti.core.losses.loss import Loss
+from smalti.core.losses.loss import Loss, Reconstruction
 from smalti.core.losses.vgg import VGG16, load_vgg16
 from smalti.core.options import LossOptions
 from smalti.core.training.frozen import Frozen
@@ -46,7 +45,7 @@ class Gram(Loss):
         self.options = options
         self.vgg = Frozen(vgg)
 
-    def forward(self, output: TokenizerOutput, images: Tensor, step: int) -> Tensor:
+    def forward(self, output: Reconstruction, images: Tensor, step: int) -> Tensor:
         """The mean over layers, batch and elements."""
         pairs = zip(self.vgg(as_rgb(output.images)), self.vgg(as_rgb(images)), strict=True)
         return torch.stack([(gram(one) - gram(other)).square().mean() for one, other in pairs]).mean()

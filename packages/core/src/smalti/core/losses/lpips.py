@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from smalti.core.checkpoints.file import read_checkpoint
-from smalti.core.contracts import TokenizerOutput
-from smalti.core.losses.loss import Loss
+from smalti.core.losses.loss import Loss, Reconstruction
 from smalti.core.losses.vgg import WIDTHS, load_vgg16
 from smalti.core.losses.weight_files import fill, weight_file
 from smalti.core.options import LossOptions
@@ -79,7 +78,7 @@ class LPIPS(Loss):
         self.options = options
         self.distance = Frozen(distance)
 
-    def forward(self, output: TokenizerOutput, images: Tensor, step: int) -> Tensor:
+    def forward(self, output: Reconstruction, images: Tensor, step: int) -> Tensor:
         """The mean over the batch."""
         distances: Tensor = self.distance(as_rgb(images), as_rgb(output.images))
         return distances.mean()

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti.core.checkpoints.file import read_checkpoint
-from smalti.core.contracts import TokenizerOutput
 from smalti.core.errors import UserError
-from smalti.core.losses.loss import Loss
+from smalti.core.losses.loss import Loss, Reconstruction
 from smalti.core.losses.weight_files import fill, weight_file
 from smalti.core.options import LossOptions
 from smalti.core.training.frozen import Frozen
@@ -66,7 +65,7 @@ class Perceptual(Loss):
         self.network = Frozen(network)
         self.prepared = Normalisation(SIZE)
 
-    def forward(self, output: TokenizerOutput, images: Tensor, step: int) -> Tensor:
+    def forward(self, output: Reconstruction, images: Tensor, step: int) -> Tensor:
         """The mean over batch and logits."""
         with torch.no_grad():
             wanted = self.logits(images)

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from smalti.core.contracts import TokenizerOutput
-from smalti.core.losses.loss import Loss
+from smalti.core.losses.loss import Loss, Reconstruction
 from smalti.core.options import LossOptions
 
 
@@ -52,7 +51,7 @@ class CharbonnierOptions(LossOptions):
 class L1(Loss):
     """Mean absolute difference over all elements."""
 
-    def forward(self, output: TokenizerOutput, images: Tensor, step: int) -> Tensor:
+    def forward(self, output: Reconstruction, images: Tensor, step: int) -> Tensor:
         """The mean."""
         return F.l1_loss(output.images, images)
 
@@ -60,7 +59,7 @@ class L1(Loss):
 class L2(Loss):
     """Mean squared difference over all elements."""
 
-    def forward(self, output: TokenizerOutput, images: Tensor, step: int) -> Tensor:
+    def forward(self, output: Reconstruction, images: Tensor, step: int) -> Tensor:
         """The mean."""
         return F.mse_loss(output.images, images)
 
@@ -72,6 +71,6 @@ class Charbonnier(Loss):
         super().__init__()
         self.options = options
 
-    def forward(self, output: TokenizerOutput, images: Tensor, step: int) -> Tensor:
+    def forward(self, output: Reconstruction, images: Tensor, step: int) -> Tensor:
         """The mean."""
         return torch.sqrt((output.images - images).square() + self.options.epsilon**2).mean()

@@ -1,20 +1,21 @@
 """Proxy codes: the first stage of TiTok's training (Yu et al. 2024).
 
-Legend: B batch, L positions, K codes of the proxy.
+Legend: B batch, L = h w positions, K codes of the proxy.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from smalti.core.contracts import Tokenizer, TokenizerOutput
+from smalti.core.contracts import Tokenizer
 from smalti.core.errors import UserError
-from smalti.core.losses.loss import Loss
+from smalti.core.losses.loss import Loss, Model, Reconstruction
 from smalti.core.options import LossOptions
+from smalti.core.tokenizer import CodePredictor
 from smalti.core.training.frozen import Frozen
 
 
@@ -22,7 +23,8 @@ class ProxyCodesOptions(LossOptions):
     """Options of `ProxyCodes`.
 
     Args:
-        tokenizer: whose tokens are predicted: a folder or a hub repository with a tokenizer of one stream.
+        tokenizer: whose tokens are predicted: a folder, a name of the zoo or a hub repository with a tokenizer of one
+            stream.
     """
 
     name: Literal["proxy-codes"] = "proxy-codes"
@@ -40,8 +42,11 @@ class ProxyCodesOptions(LossOptions):
 class ProxyCodes(Loss):
     """Cross entropy of the decoder's logits over codes against the tokens that a frozen tokenizer makes of the image.
 
-    The tokenizer in training has a decoder whose `head` has `logits`, a module that ends in `(B, h, w, K)`.
+    The tokenizer in training has a decoder that predicts codes, and decodes no further: in the place of images it
+    gives logits `(B, K, h, w)`.
     """
+
+    of_proxy: ClassVar[bool] = True
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -50,40 +55,33 @@ class ProxyCodes(Loss):
             raise UserError(f"proxy codes are those of one stream, but the tokenizer gives {layout}")
         self.codes = layout.vocab[0]
         self.tokenizer = Frozen(tokenizer)
-        self._logits: Tensor | None = None
 
-    def attach(self, tokenizer: Tokenizer) -> None:
-        """Listen to the decoder's logits, which are no part of what a tokenizer gives.
+    def attach(self, model: Model) -> None:
+        """Check that the decoder predicts as many codes as there are.
 
         Raises:
-            UserError: the decoder has none.
+            UserError: it does not.
         """
-        logits = getattr(getattr(getattr(tokenizer, "decoder", None), "head", None), "logits", None)
-        if not isinstance(logits, nn.Module):
+        decoder = getattr(model, "decoder", None)
+        found = decoder.proxy_codes if isinstance(decoder, CodePredictor) else None
+        if found is None:
             raise UserError(
                 "the loss proxy-codes needs a decoder with a head of logits over codes: titok with head: {name: proxy}"
             )
-        logits.register_forward_hook(self._keep)
+        if found != self.codes:
+            raise UserError(f"proxy-codes: the decoder predicts {found} codes, but the proxy has {self.codes}")
 
-    def forward(self, output: TokenizerOutput, images: Tensor, step: int) -> Tensor:
+    def forward(self, output: Reconstruction, images: Tensor, step: int) -> Tensor:
         """The mean over batch and positions."""
-        logits, self._logits = self._logits, None
-        assert logits is not None, "the tokenizer was not run in training, or the loss is not attached to it"
-        tokenizer = self.tokenizer.network
+        tokenizer, logits = self.tokenizer.network, output.images.flatten(2)
         assert isinstance(tokenizer, Tokenizer)
         with torch.no_grad():
             tokens = tokenizer.encode(images)[..., 0]
-        if logits.shape != (*tokens.shape, self.codes):
+        if logits.shape[2] != tokens.shape[1]:
             raise UserError(
-                f"proxy-codes: the logits are {tuple(logits.shape)}, but the proxy has {tokens.shape[1]} positions of "
-                f"{self.codes} codes"
+                f"proxy-codes: the decoder has {logits.shape[2]} positions, but the proxy {tokens.shape[1]} tokens"
             )
-        return proxy_cross_entropy(logits, tokens)
-
-    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
-        del inputs
-        if module.training:
-            self._logits = logits.flatten(1, -2)
+        return proxy_cross_entropy(logits.transpose(1, 2), tokens)
 
 
 def proxy_cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from smalti.core import distributed
 from smalti.core.contracts import Tokenizer
 from smalti.core.data.dataset import ImageDataset
-from smalti.core.data.loader import read_images
+from smalti.core.data.decode import ten_views
+from smalti.core.data.loader import IndexedBatch, read_images
+from smalti.core.data.stored_tokens import TokenSamples, TokenSource
 from smalti.core.data.tar_shards import read_shard
 from smalti.core.data.token_shards import ShardEntry, TokenManifest, shard_name, write_manifest, write_token_shard
+from smalti.core.options import Preprocessing
 from smalti.core.recipe import TokenizeSection
 from smalti.core.stage import Stage
 from smalti.core.weights import fingerprint
 
+Read = Callable[[int, int, Callable[[int], None]], TokenSamples]
+
 
 class Tokenize(Stage):
-    """Writes the tokens of the training images to `tokens/`, shard by shard.
+    """Writes the tokens of the training images, or stored ones, to `tokens/`, shard by shard.
 
     Shard k holds records `[k * shard_size, (k + 1) * shard_size)` of the data set, whatever the number of
     processes; each process makes a run of neighbouring shards and skips those that are there.
@@ -42,62 +49,96 @@ class Tokenize(Stage):
         """Make the shards that are missing, then the layout file."""
         context, size = self.context, self.options.shard_size
         tokenizer = Tokenizer.from_pretrained(context.run / "tokenizer").to(context.device)
-        dataset = context.recipe.data.train.build()
-        paths = [context.run / "tokens" / shard_name(shard) for shard in range(-(-len(dataset) // size))]
+        source, read = self._source(tokenizer)
+        paths = [context.run / "tokens" / shard_name(shard) for shard in range(-(-source.samples // size))]
         rank, world = distributed.rank(), distributed.world_size()
         own = range(rank * len(paths) // world, (rank + 1) * len(paths) // world)
-        records = {shard: min(len(dataset) - shard * size, size) for shard in own}
+        records = {shard: min(source.samples - shard * size, size) for shard in own}
         done = sum(count for shard, count in records.items() if paths[shard].exists())
         with context.reporter.progress(self.name, sum(records.values()), done, "image") as advance:
-            for shard in own:
+            for shard, count in records.items():
                 if not paths[shard].exists():
-                    self._make(paths[shard], tokenizer, dataset, shard * size, advance)
+                    samples = read(shard * size, shard * size + count, advance)
+                    write_token_shard(paths[shard], *samples, tokenizer.layout())
         distributed.barrier()
         if rank == 0:
-            self._finish(paths, tokenizer, dataset)
+            self._finish(paths, tokenizer, source)
+
+    def _source(self, tokenizer: Tokenizer) -> tuple[TokenSource, Read]:
+        """What the tokens are of, and how to have those of the records from one to another."""
+        stored = self.options.stored
+        if stored is None:
+            dataset = self.context.recipe.data.train.build()
+            source = TokenSource(dataset.name, dataset.classes, tuple(self._views()), len(dataset))
+            return source, partial(self._encoded, tokenizer, dataset)
+
+        def read(start: int, stop: int, advance: Callable[[int], None]) -> TokenSamples:
+            samples = stored.read(tokenizer.layout(), start, stop)
+            advance(stop - start)
+            return samples
+
+        return stored.source(), read
+
+    def _views(self) -> list[str]:
+        """Their names."""
+        ranges = self.options.ten_crops
+        return [name for crops in ranges for name in ten_views(crops)] or ["original", "flip"][: 1 + self.options.flip]
 
     @torch.inference_mode()
-    def _make(
-        self, path: Path, tokenizer: Tokenizer, dataset: ImageDataset, start: int, advance: Callable[[int], None]
-    ) -> None:
-        recipe, options = self.context.recipe, self.options
+    def _encoded(
+        self, tokenizer: Tokenizer, dataset: ImageDataset, start: int, stop: int, advance: Callable[[int], None]
+    ) -> TokenSamples:
+        layout = tokenizer.layout()
         keys: list[str] = []
         labels: list[int] = []
-        tokens = []
-        batches = read_images(
-            dataset,
-            tokenizer.preprocessing,
-            options.batch_size,
-            start,
-            start + options.shard_size,
-            max_undecodable=recipe.data.max_undecodable,
-            warn=self.context.reporter.say,
-            workers=recipe.data.workers,
-        )
-        for batch in batches:
-            images = batch.images.to(self.context.device)
-            views = [tokenizer.encode(images)]
-            if options.flip:
-                views.append(tokenizer.encode(images.flip(-1)))
+        empty = np.empty((0, len(self._views()), layout.positions, layout.streams), np.int64)
+        tokens = [empty]
+        for images, batch in self._images(tokenizer.preprocessing, dataset, start, stop):
+            # View by view, so that as many images are encoded at once with many views as with one.
+            views = [tokenizer.encode(view.to(self.context.device)) for view in images]
             tokens.append(torch.stack(views, dim=1).cpu().numpy())
             keys += batch.keys
             labels += batch.labels.tolist()
-            advance(len(images))
-        layout = tokenizer.layout()
-        views_made = 2 if options.flip else 1
-        empty = np.empty((0, views_made, layout.positions, layout.streams), np.int64)
-        write_token_shard(path, keys, np.concatenate([empty, *tokens]), labels, layout)
+            advance(len(batch.keys))
+        return TokenSamples(keys, np.concatenate(tokens), labels)
 
-    def _finish(self, paths: list[Path], tokenizer: Tokenizer, dataset: ImageDataset) -> None:
+    def _images(
+        self, preprocessing: Preprocessing, dataset: ImageDataset, start: int, stop: int
+    ) -> Iterator[tuple[list[Tensor], IndexedBatch]]:
+        """Batches of images, view by view."""
+        recipe, options = self.context.recipe, self.options
+        ranges = options.ten_crops or (None,)
+        batches = [
+            read_images(
+                dataset,
+                preprocessing,
+                options.batch_size,
+                start,
+                stop,
+                max_undecodable=recipe.data.max_undecodable,
+                warn=self.context.reporter.say,
+                ten_crops=crops,
+                workers=recipe.data.workers,
+            )
+            for crops in ranges
+        ]
+        for sets in zip(*batches, strict=True):
+            if options.ten_crops:
+                yield [view for batch in sets for view in batch.images.unbind(1)], sets[0]
+            else:
+                images = sets[0].images
+                yield [images, images.flip(-1)][: len(self._views())], sets[0]
+
+    def _finish(self, paths: list[Path], tokenizer: Tokenizer, source: TokenSource) -> None:
         """Write the file that says the shards are complete; undecodable images are not in them."""
         entries = tuple(ShardEntry(name=path.name, samples=sum(1 for _ in read_shard(str(path)))) for path in paths)
         manifest = TokenManifest(
             layout=tokenizer.layout(),
-            classes=dataset.classes,
+            classes=source.classes,
             tokenizer=fingerprint(tokenizer, tokenizer.config()),
-            dataset=dataset.name,
+            dataset=source.name,
             samples=sum(entry.samples for entry in entries),
-            views=("original", "flip") if self.options.flip else ("original",),
+            views=source.views,
             shards=entries,
         )
-        write_manifest(paths[0].parent, manifest)
+        write_manifest(self.context.run / "tokens", manifest)

@@ -12,6 +12,7 @@ from smalti.core.files import write_json
 from smalti.core.noise import mixed_seed
 from smalti.core.stage import Stage
 from smalti.core.training.loop import micro_batch, train
+from smalti.core.training.sharding import whole
 from smalti.core.training.tasks import GeneratorTask
 from smalti.core.weights import fingerprint
 
@@ -43,6 +44,7 @@ class TrainGenerator(Stage):
             world_size=distributed.world_size(),
         )
         averaged = train(GeneratorTask(generator), batches, options, stage=self.name, context=context)
+        weights = whole(generator.state_dict())
         if distributed.rank() == 0:
-            generator.save_pretrained(context.run / "generator", averaged)
+            generator.save_pretrained(context.run / "generator", averaged, weights)
             write_json(context.run / "generator" / "tokenizer.json", {"tokenizer": tokens.tokenizer})

@@ -25,15 +25,16 @@ def checkpoint_activations(model: nn.Module) -> int:
     Raises:
         UserError: there is none.
     """
-    blocks = [*_blocks(model)]
-    if not blocks:
+    found = [*blocks(model)]
+    if not found:
         raise UserError(f"checkpoint_activations: {type(model).__name__} has no list of blocks to compute again")
-    for block in blocks:
+    for block in found:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    return len(blocks)
+    return len(found)
 
 
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+def blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules with weights in lists or sequences, but for quantizers and batch normalisation."""
     for child in module.children():
         if isinstance(child, Quantizer):
             continue
@@ -41,7 +42,7 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
         if repeats and _is_block(child):
             yield child
         else:
-            yield from _blocks(child)
+            yield from blocks(child)
 
 
 def _is_block(module: nn.Module) -> bool:

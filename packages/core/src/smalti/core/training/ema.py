@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from smalti.core.training.sharding import divided, local
 
 Warmup = Literal["none", "ramp", "power"]
 
@@ -39,21 +41,31 @@ class EMA:
         self.decay = decay
         self.warmup: Warmup = warmup
         self.updates = 0
-        self.weights = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+        state = module.state_dict(keep_vars=True)
+        self.weights = {name: tensor.detach().clone() for name, tensor in state.items()}
+        # A state dict takes longer to make than the average: only where its tensors lie is found out now.
+        places: dict[int, tuple[dict[str, Any], str]] = {
+            id(tensor): (tensors, name)
+            for part in module.modules()
+            for tensors in (part._parameters, part._buffers)
+            for name, tensor in tensors.items()
+        }
+        found = [(self.weights[name], *places[id(tensor)]) for name, tensor in state.items()]
+        floating = [(average, where, name) for average, where, name in found if average.is_floating_point()]
+        self._averages = [local(average) for average, _, _ in floating]
+        self._averaged = [(where, name) for _, where, name in floating]
+        self._copied = [place for place in found if not place[0].is_floating_point()]
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Move the average towards `module`."""
+    def update(self) -> None:
+        """Move the average towards what the module holds now."""
         self.updates += 1
         share = 1.0 - ema_decay(self.decay, self.warmup, self.updates)
-        averages, targets = [], []
-        for name, tensor in module.state_dict().items():
-            if tensor.is_floating_point():
-                averages.append(self.weights[name])
-                targets.append(tensor.detach())
-            else:
-                self.weights[name].copy_(tensor)
-        torch._foreach_lerp_(averages, targets, share)
+        # Looked up each time: a module may put another tensor in the place of a buffer.
+        targets = [local(tensors[name]) for tensors, name in self._averaged]
+        torch._foreach_lerp_(self._averages, targets, share)
+        for average, tensors, name in self._copied:
+            average.copy_(tensors[name])
 
     def state_dict(self) -> dict[str, int | dict[str, Tensor]]:
         """Everything needed to go on."""
@@ -66,4 +78,4 @@ class EMA:
         assert isinstance(weights, dict)
         self.updates = updates
         for name, tensor in weights.items():
-            self.weights[name].copy_(tensor)
+            self.weights[name].copy_(divided(tensor, self.weights[name]))

@@ -30,6 +30,15 @@ from smalti.core.training.interruption import interruption
 from smalti.core.training.optimizer import build_optimizer, set_rates
 from smalti.core.training.options import Optimization
 from smalti.core.training.schedule import multiplier
+from smalti.core.training.sharding import (
+    average_whole,
+    clip,
+    load_model,
+    load_optimizer,
+    shard,
+    total_norm,
+    whole,
+)
 from smalti.core.training.statistics import Statistics
 from smalti.core.training.task import Batches, Objective, Task
 from smalti.core.training.trackers import Trackers, check_installed
@@ -65,7 +74,7 @@ def train(
         context: of the run.
 
     Returns:
-        The averaged weights of the first model, or None without averaging.
+        The averaged weights of the first model, or None without averaging; with sharding, on the first process.
 
     Raises:
         UserError: a damaged checkpoint, too many updates in a row that are not finite, a batch that cannot be divided.
@@ -92,13 +101,14 @@ class _Loop:
         )
         self.main_name = next(iter(task.models))
         self.main = task.models[self.main_name]
+        self.sharded = optimization.sharding == "full" and distributed.world_size() > 1
         self.models: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.optimizations: dict[str, Optimization] = {}
         for name, model in task.models.items():
             model.train()
             own = self.optimizations[name] = task.optimization(name, optimization)
-            self.models[name] = self.accelerator.prepare(self._equipped(model))
+            self.models[name] = self._prepared(self._equipped(model))
             self.optimizers[name] = build_optimizer(model, own)
         # Of its own for each model: accelerate's would be shared by optimizers that step one after the other.
         half, device = optimization.precision == "float16", self.accelerator.device.type
@@ -123,6 +133,14 @@ class _Loop:
         if self.optimization.precision == "float16":
             model.forward = convert_outputs_to_fp32(model.forward)
         return model
+
+    def _prepared(self, model: nn.Module) -> nn.Module:
+        """The model on its device, for as many processes as there are."""
+        if self.sharded and model is self.main:
+            shard(model, self.accelerator.device, self.task.whole)
+            return model
+        prepared: nn.Module = self.accelerator.prepare(model)
+        return prepared
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.optimization.precision == "float16":
@@ -167,7 +185,7 @@ class _Loop:
             self.trackers.finish()
         for model in self.task.models.values():
             model.eval()
-        return self.ema.weights if self.ema else None
+        return whole(self.ema.weights) if self.ema else None
 
     def _update(self) -> None:
         rank = distributed.rank()
@@ -189,7 +207,7 @@ class _Loop:
         if self.task.health is not None:
             self.task.health.keep(good=main_stepped)
         if self.ema is not None and main_stepped:
-            self.ema.update(self.main)
+            self.ema.update()
         if problem is not None:
             self._skip(problem, before, stepped)
             return
@@ -231,15 +249,16 @@ class _Loop:
         """The norms of the models' gradients, which are clipped to what the options allow."""
         found = {}
         for name in names:
-            weights = [weight for weight in self.models[name].parameters() if weight.grad is not None]
-            if not weights:
+            weights = [weight for group in self.optimizers[name].param_groups for weight in group["params"]]
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            if self.sharded and name == self.main_name:
+                average_whole(gradients)
+            if not gradients:
                 continue
             scaler.unscale_(self.optimizers[name])
-            limit = self.optimization.clip
-            if limit is None:
-                found[name] = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
-            else:
-                found[name] = nn.utils.clip_grad_norm_(weights, limit)
+            found[name] = total_norm(gradients)
+            if self.optimization.clip is not None:
+                clip(gradients, found[name], self.optimization.clip)
         return found
 
     def _problem(self, seen: list[dict[str, float]], norms: dict[str, float]) -> str | None:
@@ -284,9 +303,7 @@ class _Loop:
             return None
         findings: dict[str, Any] = {}
         if validator is not None and validating:
-            if distributed.rank() == 0:
-                findings["validation"] = validator(self.step, self.ema.weights if self.ema else None, self.trackers)
-            distributed.barrier()
+            findings["validation"] = validator(self.step, self.ema.weights if self.ema else None, self.trackers)
             self.main.train()
         return self._log(findings)
 
@@ -314,8 +331,8 @@ class _Loop:
         if self.task.health is not None:
             own["health"] = self.task.health.state_dict()
         ranks = distributed.gather_objects(own)
-        if distributed.rank() == 0:
-            state = {
+        state = whole(
+            {
                 "step": self.step,
                 "seconds": self.seconds,
                 "skipped": self.skipped,
@@ -327,6 +344,8 @@ class _Loop:
                 "validator": self.task.validator.state_dict() if self.task.validator else None,
                 "ranks": ranks,
             }
+        )
+        if distributed.rank() == 0:
             save_state(self._path, state)
         distributed.barrier()
 
@@ -340,8 +359,8 @@ class _Loop:
             return
         self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
         for name, model in self.task.models.items():
-            model.load_state_dict(state["models"][name])
-            self.optimizers[name].load_state_dict(state["optimizers"][name])
+            load_model(model, state["models"][name])
+            load_optimizer(self.optimizers[name], state["optimizers"][name])
             if self.scalers[name].is_enabled():
                 self.scalers[name].load_state_dict(state["scalers"][name])
         if self.ema is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from smalti.core.training.options import Optimization
 from smalti.core.training.schedule import multiplier, weight_decay
@@ -19,8 +20,10 @@ def build_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim
     groups = [{"params": decayed, "weight_decay": optimization.weight_decay}, {"params": others, "weight_decay": 0.0}]
     rate = optimization.learning_rate * multiplier(optimization, 0)
     kind = torch.optim.AdamW if optimization.optimizer == "adamw" else torch.optim.Adam
-    # A fused step is one kernel per group: on small models the step is half the overhead.
-    return kind(groups, lr=rate, betas=optimization.betas, fused=True)
+    # A fused step is one kernel per group: on small models the step is half the overhead. It cannot take sharded and
+    # whole weights in one group.
+    mixed = len({isinstance(weight, DTensor) for _, weight in learning}) > 1
+    return kind(groups, lr=rate, betas=optimization.betas, fused=not mixed, foreach=False if mixed else None)
 
 
 def set_rates(optimizer: Any, optimization: Optimization, step: int) -> None:

@@ -45,6 +45,8 @@ class Optimization(Options):
             gives up.
         compile: the models, by `torch.compile`.
         checkpoint_activations: blocks keep only their input and compute the rest again in the backward pass.
+        sharding: `full` divides the weights of the first model (not of a discriminator), their gradients, averages and
+            optimizer states over the processes (FSDP2); `none` keeps all of them on each.
         checkpoint_every: updates between checkpoints of everything that is needed to go on.
         log_every: updates between lines of `metrics.jsonl`.
         trackers: told the same lines, and pictures: `tensorboard`, `wandb`, `trackio`.
@@ -73,6 +75,7 @@ class Optimization(Options):
     max_skipped: Steps = 20
     compile: bool = False
     checkpoint_activations: bool = False
+    sharding: Literal["none", "full"] = "none"
     checkpoint_every: Annotated[int, Field(ge=1)] = 1000
     log_every: Annotated[int, Field(ge=1)] = 50
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
@@ -88,6 +91,12 @@ class Optimization(Options):
             raise ValueError("the schedule steps needs knots, e.g. [[0.8, 0.1]]")
         if self.schedule == "exponential" and min([self.final_ratio, *(ratio for _, ratio in self.knots)]) <= 0:
             raise ValueError("the schedule exponential needs a final_ratio and knots above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _possible_sharding(self) -> Self:
+        if self.sharding == "full" and self.precision == "float16":
+            raise ValueError("sharding: full goes with the precisions float32 and bfloat16, not with float16")
         return self
 
 
@@ -133,6 +142,8 @@ class Adversarial(Options):
         learning_rate: of the discriminator.
         weight_decay: of the discriminator; None takes the tokenizer's.
         warmup_steps: of the discriminator's learning rate; None takes the tokenizer's.
+        warmup_from: as its ratio at the first update; None takes the tokenizer's.
+        final_ratio: as its ratio at the last update; None takes the tokenizer's.
         objective: of the discriminator: `hinge` (Lim and Ye 2017) or `vanilla`, the log loss of the original GAN.
         generator_objective: `hinge`, the mean logit, also the partner of `vanilla` in taming; `non-saturating`,
             -log sigmoid of the logits (Goodfellow et al. 2014).
@@ -155,6 +166,8 @@ class Adversarial(Options):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     warmup_steps: Steps | None = None
+    warmup_from: Share | None = None
+    final_ratio: Share | None = None
     objective: Literal["hinge", "vanilla"] = "hinge"
     generator_objective: Literal["hinge", "non-saturating"] = "hinge"
     image_logits: Literal["none", "generator", "all"] = "none"
@@ -239,12 +252,44 @@ class Validation(Options):
     best: Best | None = Best()
 
 
-class TokenizerTraining(Optimization):
-    """How a tokenizer is trained.
+class Start(Options):
+    """Weights to begin with, of a whole model or of a part of it.
 
     Args:
-        start: weights to begin with: a run or a saved tokenizer (folder), a published file, or a name of the zoo;
-            None begins at random.
+        source: a run or a saved model (folder), a published file, or a name of the zoo.
+        part: of the source, by dotted name, e.g. `decoder`; empty takes all of it.
+        into: the part of the model in training that it becomes; empty is all that no other start fills.
+    """
+
+    source: str
+    part: str = ""
+    into: str = ""
+
+
+class Text(Options):
+    """What the decoder reads of a text beside the latent: the features of its tokens, `text`.
+
+    Data bring a text with each image, or features of it made beforehand.
+
+    Args:
+        encoder: the frozen tower that makes features of texts: a folder or a hub repository with a CLIP of
+            transformers; None where the data bring features.
+        of_class: the text of an image that has none, with `{}` in the place of its class's name; None refuses it.
+    """
+
+    encoder: str | None = None
+    of_class: str | None = None
+
+
+class TokenizerTraining(Optimization):
+    """How a tokenizer or an autoencoder is trained.
+
+    Args:
+        start: weights to begin with: a run or a saved model (folder), a published file, or a name of the zoo; several
+            fill a part each, the others begin at random, as all do with None.
+        freeze: modules and weights that are not trained, by dotted name, e.g. `encoder`; such a module stays in
+            evaluation mode, so that a quantizer's codes stay what they are, and gives no losses.
+        text: that the decoder reads beside the latent.
         losses: between what the tokenizer makes of images and the images.
         ramps: factors of the quantizer's terms by name, e.g. `{entropy: {end: 0.01, steps: 5000}}`.
         adversarial: the discriminator and its terms.
@@ -252,7 +297,9 @@ class TokenizerTraining(Optimization):
         validation: in the midst of training.
     """
 
-    start: str | None = None
+    start: str | tuple[Start, ...] | None = None
+    freeze: tuple[str, ...] = ()
+    text: Text | None = None
     losses: Annotated[tuple[Annotated[LossOptions, Slot("loss")], ...], Field(min_length=1)]
     ramps: dict[str, Ramp] = Field(default_factory=dict)
     adversarial: Adversarial | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class Task(ABC):
         first_steps: for models that begin to train later; their schedules begin there.
         health: of the tokens it sees, told beside the losses.
         validator: looks at the first model between updates.
+        whole: parameters of the first model that objectives look at, so that sharding must not divide them.
         loss_scale: what the loop multiplies losses by before they go back; it keeps this up to date.
     """
 
@@ -46,6 +47,7 @@ class Task(ABC):
     first_steps: Mapping[str, int] = {}
     health: TokenHealth | None = None
     validator: Validator | None = None
+    whole: Sequence[nn.Parameter] = ()
     loss_scale: float = 1.0
 
     def optimization(self, name: str, shared: Optimization) -> Optimization:

@@ -1,46 +1,71 @@
-"""What the two training stages train."""
+"""What the training stages train."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from smalti.core.autoencoder import Autoencoder, AutoencoderOutput
 from smalti.core.contracts import Generator, Tokenizer, TokenizerOutput
 from smalti.core.data.loader import Batch
+from smalti.core.errors import UserError
 from smalti.core.losses.terms import LossTerms
 from smalti.core.training.adversarial import Adversary, last_weight
 from smalti.core.training.options import Optimization, TokenizerTraining
 from smalti.core.training.perturbation import LatentPerturbation
 from smalti.core.training.task import Objective, Task
+from smalti.core.training.text import TextFeatures
 from smalti.core.training.token_health import TokenHealth
+
+Output = TokenizerOutput | AutoencoderOutput
 
 
 class TokenizerTask(Task):
-    """A tokenizer, fitted to reconstruct, perhaps against a discriminator."""
+    """A tokenizer or an autoencoder, fitted to reconstruct, perhaps against a discriminator.
 
-    health: TokenHealth
+    Args:
+        model: what is trained, frozen where it is not.
+        options: how.
+        text: makes features of the texts of a batch, which the decoder reads.
+        classes: names of the classes, for images without a text.
 
-    def __init__(self, tokenizer: Tokenizer, options: TokenizerTraining) -> None:
-        self.options = options
-        self.models = {"tokenizer": tokenizer}
-        self.health = TokenHealth(tokenizer)
-        self.losses = LossTerms(options.losses, tokenizer)
+    Raises:
+        UserError: losses or terms that cannot be had for the model, or go ill together.
+    """
+
+    def __init__(
+        self,
+        model: Tokenizer | Autoencoder,
+        options: TokenizerTraining,
+        text: TextFeatures | None = None,
+        classes: Sequence[str] = (),
+    ) -> None:
+        self.options, self.text, self.classes = options, text, classes
+        self.main = model.kind
+        self.models = {self.main: model}
+        self.losses = LossTerms(options.losses, model)
         self.device = torch.device("cpu")  # of the losses
-        self.perturbation = (
-            LatentPerturbation(options.perturbation, tokenizer) if options.perturbation is not None else None
-        )
+        self.perturbation: LatentPerturbation | None = None
+        if isinstance(model, Tokenizer):
+            self.health = TokenHealth(model)
+            if options.perturbation is not None:
+                self.perturbation = LatentPerturbation(options.perturbation, model)
+        elif options.perturbation is not None:
+            raise UserError("perturbation needs tokens, which an autoencoder does not have")
         self.adversary: Adversary | None = None
         adversarial = options.adversarial
         if adversarial is not None:
-            discriminator = adversarial.discriminator.build(tokenizer.preprocessing.channels)
+            discriminator = adversarial.discriminator.build(model.preprocessing.channels)
             self.models["discriminator"] = discriminator
             self.first_steps = {"discriminator": adversarial.discriminator_start}
-            self.adversary = Adversary(
-                adversarial, discriminator, last_weight(tokenizer) if adversarial.adaptive else None
-            )
+            weight = last_weight(model) if adversarial.adaptive else None
+            self.adversary = Adversary(adversarial, discriminator, weight)
+            self.whole = () if weight is None else (weight,)
+        if self.losses.of_proxy and adversarial is not None:
+            raise UserError("proxy codes are learned without pixels: leave adversarial out, or take losses of pixels")
         if self.losses.trainable:
             self.models["losses"] = self.losses
 
@@ -55,8 +80,8 @@ class TokenizerTask(Task):
         }
         if adversarial.weight_decay is not None:
             own |= {"weight_decay": adversarial.weight_decay, "final_weight_decay": None}
-        if adversarial.warmup_steps is not None:
-            own["warmup_steps"] = adversarial.warmup_steps
+        rates = ("warmup_steps", "warmup_from", "final_ratio")
+        own |= {rate: value for rate in rates if (value := getattr(adversarial, rate)) is not None}
         return shared.model_copy(update=own)
 
     def objectives(self, models: Mapping[str, nn.Module], batch: Batch, step: int) -> Iterator[Objective]:
@@ -65,8 +90,10 @@ class TokenizerTask(Task):
             self.perturbation.step = step
         if self.adversary is not None:
             self.adversary.loss_scale = self.loss_scale
-        output = models["tokenizer"](batch.images)
-        self.health.update(output.tokens)
+        self._follow(batch.images.device)
+        output: Output = models[self.main](batch.images, **self._context(batch))
+        if self.health is not None and isinstance(output, TokenizerOutput):
+            self.health.update(output.tokens)
         first = self.adversary is not None and self.adversary.options.discriminator_first
         if first:
             yield from self._discriminator(models, batch, output, step)
@@ -85,14 +112,24 @@ class TokenizerTask(Task):
 
     @property
     def _learners(self) -> tuple[str, ...]:
-        return ("tokenizer", "losses") if "losses" in self.models else ("tokenizer",)
+        return (self.main, "losses") if "losses" in self.models else (self.main,)
+
+    def _follow(self, device: torch.device) -> None:
+        """Move what is not trained to where the images are."""
+        if device != self.device:
+            self.device = device
+            self.losses.to(device)
+            if self.text is not None:
+                self.text.to(device)
+
+    def _context(self, batch: Batch) -> dict[str, Any]:
+        """What the model is told beside the images."""
+        proxy = {"proxy": True} if self.losses.of_proxy else {}
+        return proxy if self.text is None else proxy | {"text": self.text(batch, self.classes)}
 
     def _tokenizer_terms(
-        self, models: Mapping[str, nn.Module], batch: Batch, output: TokenizerOutput, step: int
+        self, models: Mapping[str, nn.Module], batch: Batch, output: Output, step: int
     ) -> dict[str, Tensor]:
-        if batch.images.device != self.device:
-            self.device = batch.images.device
-            self.losses.to(self.device)
         image_terms: dict[str, Tensor] = models.get("losses", self.losses)(output, batch.images, step)
         terms = image_terms | self._ramped(output.losses, step)
         if self.adversary is not None and step >= self.adversary.options.start:
@@ -105,7 +142,7 @@ class TokenizerTask(Task):
         return {name: ramps[name](step) * loss if name in ramps else loss for name, loss in losses.items()}
 
     def _discriminator(
-        self, models: Mapping[str, nn.Module], batch: Batch, output: TokenizerOutput, step: int
+        self, models: Mapping[str, nn.Module], batch: Batch, output: Output, step: int
     ) -> Iterator[Objective]:
         if self.adversary is None or step < self.adversary.options.discriminator_start:
             return

@@ -1,47 +1,64 @@
 """A look at held-out images in the midst of a tokenizer's training: metrics, pictures, and the best weights so far.
 
+Every process looks at whole batches of neighbouring images; what it finds is joined in the order of images, so that
+numbers do not depend on how many processes there are.
+
 Legend: N images, C channels, H W pixels, D feature width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from smalti.core import distributed
+from smalti.core.autoencoder import Autoencoder
 from smalti.core.contracts import Features, Tokenizer
 from smalti.core.data.dataset import ImageDataset
 from smalti.core.data.images import grid, png_bytes, to_uint8
-from smalti.core.data.loader import read_images
+from smalti.core.data.loader import Batch, IndexedBatch, read_images
 from smalti.core.errors import UserError
 from smalti.core.files import write_bytes, write_json
 from smalti.core.plugins import registry
 from smalti.core.progress import Reporter
 from smalti.core.run_folder import RunFolder
 from smalti.core.training.options import Validation
+from smalti.core.training.sharding import whole
+from smalti.core.training.text import TextFeatures
 from smalti.core.training.trackers import Trackers
 
-BEST = "tokenizer-best"
 PICTURES = "images"
 PAIRS_OF_A_ROW = 4
 VISIBLE = 128  # pixels: smaller images are enlarged in pictures by whole factors
 
 
+class Findings(NamedTuple):
+    """Of some images: values by metric; features of them and of their reconstructions; pairs to be shown, uint8."""
+
+    values: dict[str, list[float]]
+    real: list[Tensor]
+    made: list[Tensor]
+    pairs: list[Tensor]
+
+
 class Validator:
-    """Reconstructs the same images every time.
+    """Reconstructs the same images every time, on all processes together.
 
     Args:
         options: what to measure, and when.
-        tokenizer: in training.
+        tokenizer: in training, or an autoencoder.
         dataset: of the held-out images.
         run: takes pictures and the best weights.
         stage: names the pictures.
         reporter: told about images that cannot be decoded.
         max_undecodable: of those, that may be left out.
+        text: makes features of the images' texts, which the decoder reads.
 
     Raises:
         UserError: a metric that is not installed, or the best of something that is not measured.
@@ -50,15 +67,16 @@ class Validator:
     def __init__(
         self,
         options: Validation,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | Autoencoder,
         dataset: ImageDataset,
         *,
         run: RunFolder,
         stage: str,
         reporter: Reporter,
         max_undecodable: int,
+        text: TextFeatures | None = None,
     ) -> None:
-        self.options, self.tokenizer = options, tokenizer
+        self.options, self.tokenizer, self.text = options, tokenizer, text
         self.dataset, self.max_undecodable = dataset, max_undecodable
         self.run, self.stage, self.reporter = run, stage, reporter
         names = options.metrics or tuple(registry().names("metric"))
@@ -67,11 +85,11 @@ class Validator:
         measured = [*names, *(["rfid"] if self.features is not None else [])]
         if options.best is not None and options.best.metric not in measured:
             raise UserError(
-                f"train.tokenizer.validation.best: {options.best.metric!r} is not measured, "
-                f"only {', '.join(measured) or 'nothing'} is"
+                f"train.{tokenizer.kind}.validation.best: {options.best.metric!r} is not measured, "
+                f"only {', '.join(measured) or 'nothing'} is{_advice(options.best.metric)}"
             )
         self.best: float | None = None
-        self._images: list[Tensor] = []
+        self._images: list[tuple[Tensor, dict[str, Tensor]]] = []
 
     def is_due(self, step: int) -> bool:
         """Whether it is time after so many updates."""
@@ -81,6 +99,8 @@ class Validator:
         self, step: int, averaged: Mapping[str, Tensor] | None, trackers: Trackers | None
     ) -> dict[str, dict[str, float]]:
         """Measure, show, and keep the weights if they are the best; leaves the tokenizer in evaluation mode.
+
+        To be called by all processes.
 
         Args:
             step: updates so far.
@@ -93,13 +113,13 @@ class Validator:
         if not self._images:
             self._images = [*self._read()]
         self.tokenizer.eval()
-        found = {"weights": self._measured()}
+        found: dict[str, dict[str, float]] = {}
+        found["weights"], pairs = self._measured()
         if averaged is not None:
             with replaced(self.tokenizer, averaged):
-                found["ema"] = self._measured()
-                self._show(step, trackers)
-        else:
-            self._show(step, trackers)
+                found["ema"], pairs = self._measured()
+        if pairs and distributed.rank() == 0:
+            self._show(torch.stack(pairs), step, trackers)
         self._keep_best(step, found, averaged)
         return found
 
@@ -111,48 +131,75 @@ class Validator:
         """Go on from `state_dict()`."""
         self.best = state["best"]
 
-    def _read(self) -> Iterator[Tensor]:
+    def _read(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         device = next(self.tokenizer.parameters()).device
+        size, images = self.options.batch_size, min(self.options.images, len(self.dataset))
+        batches, rank, processes = -(-images // size), distributed.rank(), distributed.world_size()
+        # Neighbouring batches, whole ones: each holds the same images on any number of processes.
+        start, stop = (min(share * batches // processes * size, images) for share in (rank, rank + 1))
         for batch in read_images(
             self.dataset,
             self.tokenizer.preprocessing,
-            self.options.batch_size,
-            0,
-            min(self.options.images, len(self.dataset)),
+            size,
+            start,
+            stop,
             max_undecodable=self.max_undecodable,
             warn=self.reporter.say,
         ):
-            yield batch.images.to(device)
+            images_there = batch.images.to(device)
+            yield images_there, self._context(batch._replace(images=images_there))
         if self.features is not None:
             self.features.to(device)
 
-    @torch.no_grad()
-    def _measured(self) -> dict[str, float]:
-        values: dict[str, list[float]] = {name: [] for name in self.metrics}
-        real: list[Tensor] = []
-        made: list[Tensor] = []
-        channels = self.tokenizer.preprocessing.channels
-        for images in self._images:
-            originals, copies = to_uint8(images), to_uint8(self.tokenizer.decode(self.tokenizer.encode(images)))
-            planes = [pixels[..., :channels].movedim(-1, 1) for pixels in (copies, originals)]
-            for name, metric in self.metrics.items():
-                values[name] += metric.compute(planes[0], planes[1]).tolist()
-            if self.features is not None:
-                real.append(_pooled(self.features, originals))
-                made.append(_pooled(self.features, copies))
+    def _measured(self) -> tuple[dict[str, float], list[Tensor]]:
+        """Means over all images, and the pairs that are shown, on every process."""
+        parts = distributed.gather_objects(self._own_findings())
+        values = {name: [value for part in parts for value in part.values[name]] for name in self.metrics}
         found = {name: fmean(numbers) for name, numbers in values.items()}
-        return found | ({"rfid": frechet_distance(torch.cat(real), torch.cat(made))} if real else {})
+        if self.features is not None:
+            real, made = (torch.cat([*chain(*sets)]) for sets in ([p.real for p in parts], [p.made for p in parts]))
+            found["rfid"] = frechet_distance(real, made)
+        return found, [pair for part in parts for pair in part.pairs][: self.options.pictures]
 
     @torch.no_grad()
-    def _show(self, step: int, trackers: Trackers | None) -> None:
-        count = self.options.pictures
-        if not count:
-            return
-        images = torch.cat(self._images[: -(-count // self.options.batch_size)])[:count]
-        copies = self.tokenizer.decode(self.tokenizer.encode(images))
-        pairs = torch.stack([to_uint8(images), to_uint8(copies)], 1).flatten(0, 1).cpu()
-        scale = max(1, VISIBLE // max(images.shape[-2:]))
-        picture = grid(pairs, 2 * min(PAIRS_OF_A_ROW, len(images)), scale)
+    def _own_findings(self) -> Findings:
+        own = Findings({name: [] for name in self.metrics}, [], [], [])
+        channels = self.tokenizer.preprocessing.channels
+        most = max(distributed.gather_objects(len(self._images)))
+        for images, context in self._images:
+            originals, copies = to_uint8(images), to_uint8(self._reconstructed(images, context))
+            planes = [pixels[..., :channels].movedim(-1, 1) for pixels in (copies, originals)]
+            for name, metric in self.metrics.items():
+                own.values[name].extend(metric.compute(planes[0], planes[1]).tolist())
+            if self.features is not None:
+                own.real.append(_pooled(self.features, originals))
+                own.made.append(_pooled(self.features, copies))
+            wanted = self.options.pictures - len(own.pairs)
+            own.pairs.extend(torch.stack([originals, copies], 1).cpu()[:wanted])
+        # Where weights are sharded, the processes gather them together, each as often as the others.
+        for _ in range(most - len(self._images)):
+            blank = self._blank()
+            self._reconstructed(blank.images, self._context(blank))
+        return own
+
+    def _reconstructed(self, images: Tensor, context: dict[str, Tensor]) -> Tensor:
+        decode: Callable[..., Tensor] = self.tokenizer.decode
+        return decode(self.tokenizer.encode(images), **context)
+
+    def _context(self, batch: Batch | IndexedBatch) -> dict[str, Tensor]:
+        """What the decoder reads beside the latent."""
+        return {} if self.text is None else {"text": self.text.to(batch.images.device)(batch, self.dataset.classes)}
+
+    def _blank(self) -> Batch:
+        preprocessing = self.tokenizer.preprocessing
+        size = preprocessing.image_size
+        image = torch.zeros(1, preprocessing.channels, size, size, device=next(self.tokenizer.parameters()).device)
+        return Batch(image, torch.zeros(1, dtype=torch.int64), [""], [""])
+
+    def _show(self, pairs: Tensor, step: int, trackers: Trackers | None) -> None:
+        """Pairs uint8 `(N, 2, H, W, 3)`, images beside their reconstructions."""
+        scale = max(1, VISIBLE // max(pairs.shape[2:4]))
+        picture = grid(pairs.flatten(0, 1), 2 * min(PAIRS_OF_A_ROW, len(pairs)), scale)
         write_bytes(self.run / PICTURES / f"{self.stage}-{step:08d}.png", png_bytes(picture))
         if trackers is not None:
             trackers.show("reconstructions", picture, step)
@@ -170,21 +217,25 @@ class Validator:
         if self.best is not None and sign * value <= sign * self.best:
             return
         self.best = value
-        self.tokenizer.save_pretrained(self.run / BEST, averaged)
-        write_json(self.run / BEST / "best.json", {"step": step, "weights": which, best.metric: value})
+        own, averages = whole((self.tokenizer.state_dict(), averaged))
+        if distributed.rank() == 0:
+            folder = self.run / f"{self.tokenizer.kind}-best"
+            self.tokenizer.save_pretrained(folder, averages, own)
+            write_json(folder / "best.json", {"step": step, "weights": which, best.metric: value})
 
 
 @contextmanager
 def replaced(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """The module with other weights, for a while."""
-    tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
+    tensors = module.state_dict()
     own = {name: tensor.clone() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         tensor.copy_(weights[name])
     try:
         yield
     finally:
-        for name, tensor in tensors.items():
+        # Asked for again: that drops what sharded modules have gathered meanwhile.
+        for name, tensor in module.state_dict().items():
             tensor.copy_(own[name])
 
 
@@ -192,7 +243,7 @@ def frechet_distance(real: Tensor, made: Tensor) -> float:
     """The squared Frechet distance between Gaussians fitted to two sets of features `(N, D)` (Heusel et al. 2017).
 
     With centred features X and Y the trace of the root of the product of both covariances is the sum of the singular
-    values of X Y^T / (N - 1): a matrix of images, which are few here, and not of features.
+    values of X Y^T / (N - 1): no matrix here is larger than the smaller one of N and D.
 
     Raises:
         UserError: fewer than two images.
@@ -202,12 +253,26 @@ def frechet_distance(real: Tensor, made: Tensor) -> float:
     sets = [features.double() for features in (real, made)]
     means = [features.mean(0) for features in sets]
     x, y = (features - mean for features, mean in zip(sets, means, strict=True))
-    variances = (x.square().sum() + y.square().sum()) / (len(x) - 1)
-    root = torch.linalg.svdvals(x @ y.T).sum() / (len(x) - 1)
+    variances = (x.square().sum() + y.square().sum()) / (len(sets[0]) - 1)
+    if len(x) > x.shape[1]:  # the triangular factors have the same products of few rows
+        x, y = (torch.linalg.qr(features, mode="r").R for features in (x, y))
+    root = torch.linalg.svdvals(x @ y.T).sum() / (len(sets[0]) - 1)
     return max(float((means[0] - means[1]).square().sum() + variances - 2 * root), 0.0)
+
+
+def _advice(metric: str) -> str:
+    """What would have it measured."""
+    if metric != "rfid":
+        return ""
+    known = ", ".join(registry().names("features"))
+    how = f"one of {known}" if known else "of which none is installed (smalti-eval brings some)"
+    return f": it needs validation.features, {how}"
 
 
 def _pooled(features: Features, images: Tensor) -> Tensor:
     """Features `(N, D)` on the CPU, of images uint8 `(N, H, W, 3)`."""
     found: dict[str, Tensor] = features(images)
+    if "pool" not in found:
+        name = type(features).__name__
+        raise UserError(f"{name} gives the features {', '.join(found)}; a Frechet distance needs pool")
     return found["pool"].flatten(1).cpu()

@@ -1,0 +1,40 @@
+"""Texts of images: captions, or features of captions that were made beforehand.
+
+Legend: M tokens of a text, T width of the features of one.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smalti.core.data.dataset import Record
+from smalti.core.errors import UserError
+
+Text = str | NDArray[np.float32] | None
+NUMPY = b"\x93NUMPY"
+
+
+def is_features(content: bytes) -> bool:
+    """Whether a text's bytes are those of an array."""
+    return content.startswith(NUMPY)
+
+
+def text_of(record: Record) -> Text:
+    """A record's caption, or its features `(M, T)` in float32; None without.
+
+    Raises:
+        UserError: neither UTF-8 nor an array of numbers.
+    """
+    content = record.text_bytes
+    if content is None:
+        return None
+    try:
+        if is_features(content):
+            features: NDArray[np.float32] = np.load(io.BytesIO(content), allow_pickle=False).astype(np.float32)
+            return features
+        return content.decode().strip()
+    except (ValueError, EOFError) as error:
+        raise UserError(f"the text of image {record.key!r} is damaged: {error}") from None
