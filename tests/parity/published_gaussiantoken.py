@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from smalti.core.checkpoints.importing import import_checkpoint
 from smalti.core.checkpoints.rules import to_ours
-from smalti.gaussian.checkpoint import embed_config, embed_rules
-from smalti.gaussian.embed import GaussianEmbed, GaussianEmbedOptions
 from smalti.gaussian.gaussians import Gaussians
-from smalti.gaussian.tokenizer import GaussianTokenizer
+from smalti.gaussian.gaussiantoken.checkpoint import embed_config, embed_rules
+from smalti.gaussian.gaussiantoken.embed import GaussianEmbed, GaussianEmbedOptions
+from smalti.gaussian.gaussiantoken.tokenizer import GaussianTokenizer
 
 Stages = dict[str, Tensor]
 Case = dict[str, Any]

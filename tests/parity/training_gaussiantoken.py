@@ -16,7 +16,7 @@ from smalti.core.training.options import Optimization
 from smalti.core.training.schedule import multiplier
 from smalti.eval.frechet import GaussianStatistics, frechet_distance
 from smalti.eval.pairwise import pooled_psnr, psnr, ssim
-from smalti.gaussian.falling_bound import FallingBound
+from smalti.gaussian.gaussiantoken.falling_bound import FallingBound
 
 Stages = dict[str, Tensor]
 Case = dict[str, Any]

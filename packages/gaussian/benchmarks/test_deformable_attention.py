@@ -10,8 +10,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from smalti.gaussian.deformable_attention import multi_scale_deformable_attention
-from smalti.gaussian.deformable_attention_torch import sample_grids
+from smalti.gaussian.attention.deformable import multi_scale_deformable_attention
+from smalti.gaussian.attention.torch_forms import sample_grids
 
 # Images, heads, their width, points, queries, levels: GaussianToken's encoder, a detector's two and four levels.
 SIZES = {

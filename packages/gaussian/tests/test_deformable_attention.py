@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalti.core.errors import UserError
-from smalti.gaussian import deformable_attention
-from smalti.gaussian.deformable_attention import multi_scale_deformable_attention
-from smalti.gaussian.deformable_attention_module import DeformableAttention
-from smalti.gaussian.deformable_attention_torch import sample_grids, sum_in_bags
+from smalti.gaussian.attention import deformable as deformable_attention
+from smalti.gaussian.attention.deformable import multi_scale_deformable_attention
+from smalti.gaussian.attention.module import DeformableAttention
+from smalti.gaussian.attention.torch_forms import sample_grids, sum_in_bags
 
 SHAPES = [(3, 4), (1, 2)]
 

@@ -9,7 +9,7 @@ import torch
 from smalti.core.errors import UserError
 from smalti.gaussian.drawing import draw_ellipses, draw_on_images
 from smalti.gaussian.gaussians import Gaussians
-from smalti.gaussian.rasterize import rasterize_gaussians_2d
+from smalti.gaussian.rasterizer.rasterize import rasterize_gaussians_2d
 
 
 def one(angle=0.5, scales=(18.0, 8.0)):

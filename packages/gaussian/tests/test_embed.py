@@ -11,13 +11,13 @@ from pydantic import ValidationError
 
 from smalti.core.checkpoints.rules import to_ours, to_published
 from smalti.core.errors import UserError
-from smalti.gaussian.checkpoint import GaussianTokenLayout, embed_config, embed_rules
-from smalti.gaussian.embed import GaussianEmbedOptions
-from smalti.gaussian.falling_bound import FallingBound
 from smalti.gaussian.gaussians import Gaussians
-from smalti.gaussian.geometry import dequantized, quantized, unit
-from smalti.gaussian.lifter import Lifter
-from smalti.gaussian.sparse_convolution import SparseConvolution, SparseConvolutionOptions
+from smalti.gaussian.gaussiantoken.checkpoint import GaussianTokenLayout, embed_config, embed_rules
+from smalti.gaussian.gaussiantoken.embed import GaussianEmbedOptions
+from smalti.gaussian.gaussiantoken.falling_bound import FallingBound
+from smalti.gaussian.gaussiantoken.geometry import dequantized, quantized, unit
+from smalti.gaussian.gaussiantoken.lifter import Lifter
+from smalti.gaussian.gaussiantoken.sparse_convolution import SparseConvolution, SparseConvolutionOptions
 
 STACK = {"layers": 1, "heads": 2, "points": 2}
 SMALL = {"gaussians": 7, "width": 32, "encoder": STACK, "attention": STACK}

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from smalti.core.errors import UserError
-from smalti.gaussian.fit import FitOptions, Fitting, decibels, fit_image, psnr
-from smalti.gaussian.fit_picture import GaussianPicture
-from smalti.gaussian.fit_quantized import Bits, Levels, Tuning, load_quantized, parsed_bits, save_quantized
-from smalti.gaussian.fit_start import starting_picture
+from smalti.gaussian.fitting.fit import FitOptions, Fitting, decibels, fit_image, psnr
+from smalti.gaussian.fitting.picture import GaussianPicture
+from smalti.gaussian.fitting.quantized import Bits, Levels, Tuning, load_quantized, parsed_bits, save_quantized
+from smalti.gaussian.fitting.start import starting_picture
 
 SIDE, COUNT, STEPS = 32, 50, 40
 

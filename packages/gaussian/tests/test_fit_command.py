@@ -16,13 +16,13 @@ from PIL import Image
 
 from smalti.core.errors import UserError
 from smalti.core.progress import Reporter
-from smalti.gaussian import fit_folder
-from smalti.gaussian.fit import FitOptions
-from smalti.gaussian.fit_command import fit
-from smalti.gaussian.fit_folder import FitFolder, Wanted
-from smalti.gaussian.fit_input import read_image
-from smalti.gaussian.fit_picture import GaussianPicture
-from smalti.gaussian.fit_quantized import Bits, load_quantized
+from smalti.gaussian.fitting import folder as fit_folder
+from smalti.gaussian.fitting.command import fit
+from smalti.gaussian.fitting.fit import FitOptions
+from smalti.gaussian.fitting.folder import FitFolder, Wanted
+from smalti.gaussian.fitting.input import read_image
+from smalti.gaussian.fitting.picture import GaussianPicture
+from smalti.gaussian.fitting.quantized import Bits, load_quantized
 
 OPTIONS = FitOptions(gaussians=30, steps=12)
 

@@ -9,7 +9,7 @@ import pytest
 
 import smalti.gaussian
 from smalti.core.plugins import registry
-from smalti.gaussian.rasterize import rasterize_gaussians_2d
+from smalti.gaussian.rasterizer.rasterize import rasterize_gaussians_2d
 
 README = Path(__file__).parents[1] / "README.md"
 

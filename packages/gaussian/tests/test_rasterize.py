@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalti.core.errors import UserError
-from smalti.gaussian import backends, rasterize_gaussians_2d
-from smalti.gaussian.ellipses import from_scales
-from smalti.gaussian.projection import project
+from smalti.gaussian import rasterize_gaussians_2d
+from smalti.gaussian.rasterizer import backends
+from smalti.gaussian.rasterizer.ellipses import from_scales
+from smalti.gaussian.rasterizer.projection import project
 
 NAMES = ("means", "scales", "rotations", "features", "opacities")
 BACKENDS = ["tiles", "numba", "reference"]
@@ -185,7 +186,7 @@ def test_unchecked_values_that_are_not_finite_draw_nothing(random_gaussians, mon
     expected = rasterize_gaussians_2d(*(value[:, 4:] for value in gaussians.values()), 12, 20)
     for index, name in enumerate(("means", "scales", "rotations", "opacities")):
         gaussians[name][:, index] = (math.nan, math.inf)[index % 2]
-    monkeypatch.setattr("smalti.gaussian.rasterize.check_values", lambda given: None)  # as on a GPU
+    monkeypatch.setattr("smalti.gaussian.rasterizer.rasterize.check_values", lambda given: None)  # as on a GPU
     torch.testing.assert_close(rasterize_gaussians_2d(*gaussians.values(), 12, 20), expected)
 
 

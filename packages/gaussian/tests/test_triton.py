@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from smalti.core.errors import UserError
-from smalti.gaussian import deformable_attention, rasterize_gaussians_2d
-from smalti.gaussian.deformable_attention import multi_scale_deformable_attention
-from smalti.gaussian.deformable_attention_module import DeformableAttention
+from smalti.gaussian import rasterize_gaussians_2d
+from smalti.gaussian.attention import deformable as deformable_attention
+from smalti.gaussian.attention.deformable import multi_scale_deformable_attention
+from smalti.gaussian.attention.module import DeformableAttention
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 HERE = Path(__file__).parent

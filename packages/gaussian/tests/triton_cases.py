@@ -10,9 +10,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from smalti.gaussian import deformable_attention, rasterize_gaussians_2d
-from smalti.gaussian.deformable_attention_torch import sample_grids
-from smalti.gaussian.triton_deformable_attention import _sample, sample_fused
+from smalti.gaussian import rasterize_gaussians_2d
+from smalti.gaussian.attention import deformable as deformable_attention
+from smalti.gaussian.attention.torch_forms import sample_grids
+from smalti.gaussian.attention.triton_kernels import _sample, sample_fused
 
 # float32 leaves the gradients of wide ellipses few digits, and one pixel in thousands at a threshold may flip.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-10}

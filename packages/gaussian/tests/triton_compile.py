@@ -15,8 +15,9 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from smalti.gaussian import triton_backend, triton_deformable_attention
-from smalti.gaussian.backends import Splats, View
+from smalti.gaussian.attention import triton_kernels as triton_deformable_attention
+from smalti.gaussian.rasterizer import triton_backend
+from smalti.gaussian.rasterizer.backends import Splats, View
 
 
 class _NoDriver:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smalti.gaussian.deformable_attention import multi_scale_deformable_attention
-from smalti.gaussian.deformable_attention_module import DeformableAttention
+from smalti.gaussian.attention.deformable import multi_scale_deformable_attention
+from smalti.gaussian.attention.module import DeformableAttention
 
 SIZES = {"shapes_hw", "batch", "heads", "head_dim", "queries", "points", "module"}
 MODULE = {"d_model", "n_heads", "n_points", "points_with_fixed_centre"}

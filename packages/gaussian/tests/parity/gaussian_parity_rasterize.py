@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from smalti.gaussian import rasterize_gaussians_2d
-from smalti.gaussian.ellipses import conics, from_scales
-from smalti.gaussian.projection import CULL_BLOCK, project
+from smalti.gaussian.rasterizer.ellipses import conics, from_scales
+from smalti.gaussian.rasterizer.projection import CULL_BLOCK, project
 
 OPTIONS = {"num_gaussians", "channels", "height", "width", "block", "means_gain", "scale_range", "opacity"}
 NAMES = ("means", "scales", "rotations", "features", "opacities")

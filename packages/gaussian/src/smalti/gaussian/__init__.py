@@ -9,16 +9,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smalti.gaussian.deformable_attention import multi_scale_deformable_attention
-    from smalti.gaussian.deformable_attention_module import DeformableAttention
-    from smalti.gaussian.rasterize import rasterize_gaussians_2d
+    from smalti.gaussian.attention.deformable import multi_scale_deformable_attention
+    from smalti.gaussian.attention.module import DeformableAttention
+    from smalti.gaussian.rasterizer.rasterize import rasterize_gaussians_2d
 
 __all__ = ["DeformableAttention", "multi_scale_deformable_attention", "rasterize_gaussians_2d"]
 
 _MODULES = {
-    "DeformableAttention": "smalti.gaussian.deformable_attention_module",
-    "multi_scale_deformable_attention": "smalti.gaussian.deformable_attention",
-    "rasterize_gaussians_2d": "smalti.gaussian.rasterize",
+    "DeformableAttention": "smalti.gaussian.attention.module",
+    "multi_scale_deformable_attention": "smalti.gaussian.attention.deformable",
+    "rasterize_gaussians_2d": "smalti.gaussian.rasterizer.rasterize",
 }
 
 

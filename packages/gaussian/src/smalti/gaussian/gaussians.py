@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from smalti.gaussian.rasterize import rasterize_gaussians_2d
+from smalti.gaussian.rasterizer.rasterize import rasterize_gaussians_2d
 
 
 @dataclass(frozen=True)

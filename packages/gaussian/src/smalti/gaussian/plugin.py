@@ -10,9 +10,13 @@ from smalti.core.plugins import Component, hookimpl
 @hookimpl
 def smalti_register() -> Iterator[Component]:
     """Name the components of this package."""
-    here = "smalti.gaussian"
     yield Component(
-        "tokenizer", "gaussiantoken", f"{here}.tokenizer:GaussianTokenizerOptions", "2-D Gaussians (GaussianToken)"
+        "tokenizer",
+        "gaussiantoken",
+        "smalti.gaussian.gaussiantoken.tokenizer:GaussianTokenizerOptions",
+        "2-D Gaussians (GaussianToken)",
     )
-    yield Component("checkpoint", "gaussiantoken", f"{here}.checkpoint:GaussianTokenLayout", "GaussianToken")
-    yield Component("command", "fit", f"{here}.fit_command:fit", "Fit one picture with 2-D Gaussians.")
+    yield Component(
+        "checkpoint", "gaussiantoken", "smalti.gaussian.gaussiantoken.checkpoint:GaussianTokenLayout", "GaussianToken"
+    )
+    yield Component("command", "fit", "smalti.gaussian.fitting.command:fit", "Fit one picture with 2-D Gaussians.")

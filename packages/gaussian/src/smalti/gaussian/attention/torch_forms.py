@@ -1,6 +1,6 @@
 """Multi-scale deformable attention in plain torch: `grid_sample` for gradients, `embedding_bag` on the CPU without.
 
-Shapes and results of both are those of `smalti.gaussian.deformable_attention`, in one floating type.
+Shapes and results of both are those of `smalti.gaussian.attention.deformable`, in one floating type.
 
 Legend: B batch, Q queries, M heads, D width of a head, L levels, P points of a level, S positions of all levels.
 """

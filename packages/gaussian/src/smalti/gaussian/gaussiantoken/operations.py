@@ -16,8 +16,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from smalti.core.options import Options
-from smalti.gaussian.embed_layers import DeformableStackOptions, GaussianLayer, Share, scaled_head
-from smalti.gaussian.geometry import unit
+from smalti.gaussian.gaussiantoken.embed_layers import DeformableStackOptions, GaussianLayer, Share, scaled_head
+from smalti.gaussian.gaussiantoken.geometry import unit
 
 
 class AttentionOptions(DeformableStackOptions):

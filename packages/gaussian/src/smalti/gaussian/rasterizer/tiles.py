@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smalti.gaussian.backends import MAX_ALPHA_OVER, MIN_TRANSMITTANCE, Gradients, Splats, View
+from smalti.gaussian.rasterizer.backends import MAX_ALPHA_OVER, MIN_TRANSMITTANCE, Gradients, Splats, View
 
 TILE = 32
 # Pairs at a time: 64 × 32 × 32 numbers in float32 are 256 KiB, which the second-level cache holds.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from smalti.gaussian.numba_exp import compiled, exp_minus_half
+from smalti.gaussian.rasterizer.numba_exp import compiled, exp_minus_half
 
 Array = NDArray[Any]
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from smalti.core.errors import UserError
 from smalti.core.options import Options
-from smalti.gaussian.fit import FitOptions, Fitting, Step
-from smalti.gaussian.fit_picture import GaussianPicture, read_file, write_file
+from smalti.gaussian.fitting.fit import FitOptions, Fitting, Step
+from smalti.gaussian.fitting.picture import GaussianPicture, read_file, write_file
 
 FORMAT = "smalti-gaussian-quantized-1"
 # Shares of the values that lie below the lowest level and above the highest: a few outliers would coarsen all others.

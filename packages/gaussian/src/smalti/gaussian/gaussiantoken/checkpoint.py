@@ -19,7 +19,7 @@ from smalti.core.checkpoints.layout import CheckpointLayout, Shapes, count
 from smalti.core.checkpoints.layouts.open_magvit2 import network_rules, networks_config
 from smalti.core.checkpoints.layouts.vqgan_rules import TRAINING
 from smalti.core.checkpoints.rules import Rename, Rule
-from smalti.gaussian.geometry import GEOMETRY
+from smalti.gaussian.gaussiantoken.geometry import GEOMETRY
 
 EMBED = "gs_embed."
 AVERAGES = "model_ema."

@@ -17,9 +17,9 @@ from smalti.core.contracts import Drawing, Tokenizer, TokenizerOutput, check_ima
 from smalti.core.errors import UserError
 from smalti.core.layout import TokenLayout
 from smalti.core.options import DecoderOptions, EncoderOptions, QuantizerOptions, Slot, TokenizerOptions
-from smalti.gaussian.embed import Embedded, GaussianEmbedOptions
 from smalti.gaussian.gaussians import Gaussians
-from smalti.gaussian.geometry import dequantized, quantized
+from smalti.gaussian.gaussiantoken.embed import Embedded, GaussianEmbedOptions
+from smalti.gaussian.gaussiantoken.geometry import dequantized, quantized
 
 
 class GaussianTokenizerOptions(TokenizerOptions):

@@ -42,10 +42,10 @@ def fit(
 
     from smalti.core.distributed import device_name
     from smalti.core.progress import Reporter
-    from smalti.gaussian.fit import FitOptions
-    from smalti.gaussian.fit_folder import FitFolder, Wanted
-    from smalti.gaussian.fit_input import read_image
-    from smalti.gaussian.fit_quantized import parsed_bits
+    from smalti.gaussian.fitting.fit import FitOptions
+    from smalti.gaussian.fitting.folder import FitFolder, Wanted
+    from smalti.gaussian.fitting.input import read_image
+    from smalti.gaussian.fitting.quantized import parsed_bits
 
     wanted = Wanted(scale, parsed_bits(bits) if bits else None, tuning_steps, gif)
     pixels = read_image(image, size).to(device_name(device))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smalti.core.errors import UserError
-from smalti.gaussian.deformable_attention_torch import sample_grids, sum_in_bags
+from smalti.gaussian.attention.torch_forms import sample_grids, sum_in_bags
 
 
 def multi_scale_deformable_attention(
@@ -45,7 +45,7 @@ def multi_scale_deformable_attention(
 
 def _backend(value: Tensor, locations: Tensor, weights: Tensor) -> Callable[..., Tensor]:
     if _has_kernels(value.device.type):
-        from smalti.gaussian.triton_deformable_attention import sample_fused
+        from smalti.gaussian.attention.triton_kernels import sample_fused
 
         return sample_fused
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (value, locations, weights))

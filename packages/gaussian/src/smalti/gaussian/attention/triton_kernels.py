@@ -24,7 +24,7 @@ NUMBERS, SAMPLES = 256, 16
 
 
 def sample_fused(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """What `smalti.gaussian.deformable_attention_torch.sample_grids` computes, differentiable once.
+    """What `smalti.gaussian.attention.torch_forms.sample_grids` computes, differentiable once.
 
     Args:
         value: float32 or float64 `(B, S, M, D)` on a GPU.

@@ -32,10 +32,10 @@ from smalti.core.errors import UserError
 from smalti.core.files import disk_errors, write_bytes, write_json
 from smalti.core.progress import Reporter
 from smalti.gaussian.drawing import draw_on_images
-from smalti.gaussian.fit import FitOptions, Fitting, psnr
-from smalti.gaussian.fit_picture import FORMAT as PICTURE_FORMAT
-from smalti.gaussian.fit_picture import GaussianPicture, read_file, write_file
-from smalti.gaussian.fit_quantized import Bits, Tuning, save_quantized
+from smalti.gaussian.fitting.fit import FitOptions, Fitting, psnr
+from smalti.gaussian.fitting.picture import FORMAT as PICTURE_FORMAT
+from smalti.gaussian.fitting.picture import GaussianPicture, read_file, write_file
+from smalti.gaussian.fitting.quantized import Bits, Tuning, save_quantized
 
 GAUSSIANS, STATE, FRAMES = "gaussians.safetensors", "state.safetensors", "frames"
 STATE_FORMAT = "smalti-gaussian-fit-1"

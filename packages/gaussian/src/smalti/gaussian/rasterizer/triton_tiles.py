@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smalti.gaussian.backends import Splats, View
+from smalti.gaussian.rasterizer.backends import Splats, View
 
 # Boxes are multiples of 16, so that a tile lies either within a box or outside.
 TILE = 16

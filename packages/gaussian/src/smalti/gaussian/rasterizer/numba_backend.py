@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from smalti.gaussian.backends import MAX_ALPHA_OVER, MIN_TRANSMITTANCE, Gradients, Splats, View
-from smalti.gaussian.numba_kernels import BAND, SUMS, collect, differentiate, draw, fill, plan
+from smalti.gaussian.rasterizer.backends import MAX_ALPHA_OVER, MIN_TRANSMITTANCE, Gradients, Splats, View
+from smalti.gaussian.rasterizer.numba_kernels import BAND, SUMS, collect, differentiate, draw, fill, plan
 
 Array = NDArray[Any]
 

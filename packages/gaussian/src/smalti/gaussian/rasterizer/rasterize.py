@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from smalti.gaussian import backends, published
-from smalti.gaussian.backends import Splats, View
-from smalti.gaussian.ellipses import Ellipses, from_cholesky, from_covariances, from_scales
-from smalti.gaussian.projection import project
-from smalti.gaussian.rasterize_checks import check_layout, check_settings, check_values
-from smalti.gaussian.reference import rasterize_reference
+from smalti.gaussian.rasterizer import backends, published
+from smalti.gaussian.rasterizer.backends import Splats, View
+from smalti.gaussian.rasterizer.checks import check_layout, check_settings, check_values
+from smalti.gaussian.rasterizer.ellipses import Ellipses, from_cholesky, from_covariances, from_scales
+from smalti.gaussian.rasterizer.projection import project
+from smalti.gaussian.rasterizer.reference import rasterize_reference
 
 Compositing = Literal["sum", "over"]
 Gradient = Literal["exact", "published"]

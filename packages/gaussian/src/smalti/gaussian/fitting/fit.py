@@ -16,8 +16,8 @@ from torch import Tensor
 
 from smalti.core.errors import UserError
 from smalti.core.options import Options, sentences
-from smalti.gaussian.fit_picture import GaussianPicture
-from smalti.gaussian.fit_start import starting_picture
+from smalti.gaussian.fitting.picture import GaussianPicture
+from smalti.gaussian.fitting.start import starting_picture
 
 # Adam's step sizes: centres in distances between neighbours, logarithms of scales, radians, levels of colour.
 LEARNING_RATES = {"centres": 0.1, "log_scales": 0.06, "rotations": 0.06, "colours": 0.04}

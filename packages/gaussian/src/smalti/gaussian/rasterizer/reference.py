@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smalti.gaussian.backends import MAX_ALPHA_OVER, MIN_TRANSMITTANCE, Splats, View
+from smalti.gaussian.rasterizer.backends import MAX_ALPHA_OVER, MIN_TRANSMITTANCE, Splats, View
 
 
 def rasterize_reference(splats: Splats, view: View) -> Tensor:

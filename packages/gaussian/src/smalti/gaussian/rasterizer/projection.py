@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smalti.gaussian.ellipses import Ellipses, or_circle
+from smalti.gaussian.rasterizer.ellipses import Ellipses, or_circle
 
 # The edge of the pixel blocks that the original kernel culls by; it is compiled into that kernel.
 CULL_BLOCK = 16

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from smalti.core.options import Options
-from smalti.gaussian.deformable_attention_module import DeformableAttention
+from smalti.gaussian.attention.module import DeformableAttention
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]

@@ -96,9 +96,9 @@ class Backend(Protocol):
 
 # name: module, library it needs beside torch
 _BACKENDS = {
-    "tiles": ("smalti.gaussian.tiles", None),
-    "numba": ("smalti.gaussian.numba_backend", "numba"),
-    "triton": ("smalti.gaussian.triton_backend", "triton"),
+    "tiles": ("smalti.gaussian.rasterizer.tiles", None),
+    "numba": ("smalti.gaussian.rasterizer.numba_backend", "numba"),
+    "triton": ("smalti.gaussian.rasterizer.triton_backend", "triton"),
 }
 _MISSING = {name for name, (_, library) in _BACKENDS.items() if library and find_spec(library) is None}
 _EXTRAS = {"numba": "pip install smalti-gaussian[cpu]", "triton": "pip install triton"}

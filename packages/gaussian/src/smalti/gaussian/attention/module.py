@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from smalti.core.errors import UserError
-from smalti.gaussian.deformable_attention import multi_scale_deformable_attention
+from smalti.gaussian.attention.deformable import multi_scale_deformable_attention
 
 
 class DeformableAttention(nn.Module):

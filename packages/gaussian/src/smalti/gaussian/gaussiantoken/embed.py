@@ -14,12 +14,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from smalti.core.options import Options
-from smalti.gaussian.embed_layers import Count, DeformableStackOptions, MapLayer, perceptron, scaled_head
-from smalti.gaussian.falling_bound import FallingBound
 from smalti.gaussian.gaussians import Gaussians
-from smalti.gaussian.geometry import GEOMETRY, unit
-from smalti.gaussian.lifter import Lifter, Positions
-from smalti.gaussian.operations import (
+from smalti.gaussian.gaussiantoken.embed_layers import Count, DeformableStackOptions, MapLayer, perceptron, scaled_head
+from smalti.gaussian.gaussiantoken.falling_bound import FallingBound
+from smalti.gaussian.gaussiantoken.geometry import GEOMETRY, unit
+from smalti.gaussian.gaussiantoken.lifter import Lifter, Positions
+from smalti.gaussian.gaussiantoken.operations import (
     AttentionOptions,
     FeedForward,
     FeedForwardOptions,
@@ -27,7 +27,7 @@ from smalti.gaussian.operations import (
     Refinement,
     centres,
 )
-from smalti.gaussian.sparse_convolution import SparseConvolution, SparseConvolutionOptions
+from smalti.gaussian.gaussiantoken.sparse_convolution import SparseConvolution, SparseConvolutionOptions
 
 Operation = Literal["attention", "feed-forward", "refine", "sparse-convolution"]
 

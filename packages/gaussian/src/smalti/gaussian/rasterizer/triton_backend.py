@@ -17,8 +17,8 @@ from torch import Tensor
 from triton import knobs
 
 from smalti.core.errors import UserError
-from smalti.gaussian.backends import MAX_ALPHA_OVER, MIN_TRANSMITTANCE, Gradients, Splats, View
-from smalti.gaussian.triton_tiles import TILE, tile_grid, tile_pairs
+from smalti.gaussian.rasterizer.backends import MAX_ALPHA_OVER, MIN_TRANSMITTANCE, Gradients, Splats, View
+from smalti.gaussian.rasterizer.triton_tiles import TILE, tile_grid, tile_pairs
 
 # Channels at a time: 256 pixels × 16 channels fill a quarter of the registers that 128 threads can have.
 CHANNELS = 16
@@ -28,7 +28,7 @@ SUMS: tl.constexpr = tl.constexpr(6)
 
 
 def forward(splats: Splats, view: View) -> Tensor:
-    """The image, [B, C, H, W]; see `smalti.gaussian.backends`.
+    """The image, [B, C, H, W]; see `smalti.gaussian.rasterizer.backends`.
 
     Raises:
         UserError: the Gaussians are not on a CUDA device, and Triton does not interpret.
@@ -46,7 +46,7 @@ def forward(splats: Splats, view: View) -> Tensor:
 
 
 def backward(splats: Splats, view: View, image: Tensor, grad_image: Tensor) -> Gradients:
-    """The gradients; see `smalti.gaussian.backends`."""
+    """The gradients; see `smalti.gaussian.rasterizer.backends`."""
     channels = splats.features.shape[2]
     pairs = tile_pairs(splats, view)
     # Compositing goes through the list of a tile in order; for sums each pair is a list of its own.

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from smalti.core.errors import UserError
-from smalti.gaussian.backends import View
-from smalti.gaussian.ellipses import positive_definite
+from smalti.gaussian.rasterizer.backends import View
+from smalti.gaussian.rasterizer.ellipses import positive_definite
 
 # The ways of giving the covariance, by the names of their tensors.
 _SHAPES = (("scales", "rotations"), ("cholesky",), ("covariances",))

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smalti.gaussian.backends import Splats, View
-from smalti.gaussian.ellipses import Ellipses
-from smalti.gaussian.projection import CULL_BLOCK
+from smalti.gaussian.rasterizer.backends import Splats, View
+from smalti.gaussian.rasterizer.ellipses import Ellipses
+from smalti.gaussian.rasterizer.projection import CULL_BLOCK
 
 
 def count_off_diagonal_twice(ellipses: Ellipses) -> Ellipses:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smalti.gaussian.fit_picture import GaussianPicture
+from smalti.gaussian.fitting.picture import GaussianPicture
 
 # The share of Gaussians that are spread evenly, whatever the picture shows.
 EVEN = 0.1

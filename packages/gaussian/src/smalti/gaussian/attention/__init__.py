@@ -1,0 +1,1 @@
+"""Multi-scale deformable attention: the operator, its forms, and the layer."""

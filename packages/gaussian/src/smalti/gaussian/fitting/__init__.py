@@ -1,0 +1,1 @@
+"""Fitting one picture with 2-D Gaussians: `smalti fit`."""

@@ -1,0 +1,1 @@
+"""GaussianToken: images as quantized 2-D Gaussians."""
