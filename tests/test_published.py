@@ -37,6 +37,8 @@ FAMILIES = (
     "titok-l",
     "titok-s",
     "titok-ta-",
+    "var-edit-",
+    "var-generator-",
     "var-vqvae-",
     "vistok-branch-",
     "vistok-fsqvae-",
@@ -51,7 +53,7 @@ FAMILIES = (
     "xqgan-ms",
     "xqgan-v",
 )
-ELSEWHERE = ("titok-losses", "xqgan-var-")
+ELSEWHERE = ("titok-losses",)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

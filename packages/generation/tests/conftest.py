@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from smalti.core.layout import TokenLayout
 from smalti.core.testing.parity import read_case
@@ -20,6 +21,18 @@ FOLDER = Path(__file__).parent / "parity"
 def load_case() -> Callable[[str], dict[str, Any]]:
     """Parity cases by name."""
     return lambda name: read_case(FOLDER / f"{name}.json.gz")
+
+
+@pytest.fixture
+def p_value() -> Callable[[Tensor, Tensor], float]:
+    """Of Pearson's chi-square test: the counts of outcomes against their probabilities."""
+
+    def p_value(counts: Tensor, probabilities: Tensor) -> float:
+        expected = counts.sum() * probabilities.double()
+        statistic = ((counts - expected).square() / expected).sum()
+        return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2))
+
+    return p_value
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def uncached(model: AR, labels: Tensor, settings: SamplingSettings) -> Tensor:
     tokens = torch.zeros(len(labels), model.token_layout.positions, 1, dtype=torch.int64)
     null = torch.full_like(labels, model.classes)
     for step in range(model.token_layout.positions):
-        both = torch.cat([model.logits(tokens, labels)[:, step], model.logits(tokens, null)[:, step]])
+        both = torch.cat([model.logits(tokens, labels)[0][:, step], model.logits(tokens, null)[0][:, step]])
         logits = guided(both, settings.guidance_scale)
         tokens[:, step, 0] = next_tokens(logits, settings, torch.arange(len(labels)), step)
     return tokens
@@ -44,11 +44,11 @@ def uncached(model: AR, labels: Tensor, settings: SamplingSettings) -> Tensor:
 def test_a_token_changes_no_logits_before_it(build: Build, layout: TokenLayout) -> None:
     model = build(layout)
     tokens, labels = tokens_of(model, 1), torch.tensor([2])
-    before = model.logits(tokens, labels)
+    (before,) = model.logits(tokens, labels)
     for position in range(layout.positions):
         changed = tokens.clone()
         changed[:, position] = (changed[:, position] + 1) % 16
-        after = model.logits(changed, labels)
+        (after,) = model.logits(changed, labels)
         torch.testing.assert_close(after[:, : position + 1], before[:, : position + 1], rtol=0, atol=1e-6)
         if position + 1 < layout.positions:
             assert bool(((after - before)[:, position + 1 :].abs().amax(-1) > 1e-5).all())
@@ -57,7 +57,7 @@ def test_a_token_changes_no_logits_before_it(build: Build, layout: TokenLayout) 
 def test_the_class_changes_all_logits(build: Build) -> None:
     model = build()
     tokens = tokens_of(model, 1)
-    first, second = (model.logits(tokens, torch.tensor([label])) for label in (0, 1))
+    first, second = (model.logits(tokens, torch.tensor([label]))[0] for label in (0, 1))
     assert bool(((first - second).abs().amax(-1) > 1e-4).all())
 
 
@@ -93,12 +93,12 @@ def test_samples_can_be_trained_on(build: Build) -> None:
     model = build()
     labels = torch.arange(3)
     model.loss(model.sample(labels, SamplingSettings()), labels)["cross_entropy"].backward()
-    assert model.token_embedding.weight.grad is not None
+    assert model.embeddings[0].weight.grad is not None
 
 
 def test_a_failed_sampling_leaves_the_mode(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build().train()
-    monkeypatch.setattr(model, "predict", lambda *_: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(model.norm, "forward", lambda *_: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(MemoryError):
         model.sample(torch.arange(3), SamplingSettings())
     assert model.training
@@ -122,7 +122,7 @@ def test_the_first_loss_is_that_of_equal_probabilities() -> None:
 def test_the_loss_is_the_mean_over_all_positions(build: Build) -> None:
     model = build()
     tokens, labels = tokens_of(model, 3), torch.tensor([0, 1, 4])
-    log_probabilities = model.logits(tokens, labels).log_softmax(-1)
+    log_probabilities = model.logits(tokens, labels)[0].log_softmax(-1)
     expected = -torch.stack([log_probabilities[b, n, tokens[b, n, 0]] for b in range(3) for n in range(12)]).mean()
     torch.testing.assert_close(model.loss(tokens, labels), {"cross_entropy": expected})
 
@@ -131,7 +131,7 @@ def test_the_loss_is_the_mean_over_all_positions(build: Build) -> None:
 def test_label_dropout_trains_the_null_class(build: Build, chance: float, trained: set[int]) -> None:
     model = build(label_dropout=chance).train()
     model.loss(tokens_of(model, 4), torch.tensor([0, 2, 2, 0]))["cross_entropy"].backward()
-    gradient = model.class_embedding.weight.grad
+    gradient = model.condition.table.weight.grad
     assert gradient is not None
     assert set(gradient.abs().sum(-1).nonzero().flatten().tolist()) == trained
 
@@ -153,9 +153,9 @@ def test_training_is_random_by_the_global_seed_and_evaluation_is_not(build: Buil
 def test_autocast(build: Build) -> None:
     model = build()
     tokens, labels = tokens_of(model, 4), torch.arange(4)
-    exact = model.logits(tokens, labels)
+    (exact,) = model.logits(tokens, labels)
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model.logits(tokens, labels)
+        (logits,) = model.logits(tokens, labels)
         drawn = model.sample(labels, SamplingSettings(guidance_scale=2.0, top_k=9))
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, exact, rtol=0, atol=0.05 * exact.std().item() + 0.05)
@@ -165,8 +165,8 @@ def test_autocast(build: Build) -> None:
 def test_low_precision_weights(build: Build) -> None:
     model = build()
     tokens, labels = tokens_of(model, 4), torch.arange(4)
-    exact = model.logits(tokens, labels)
-    logits = model.bfloat16().logits(tokens, labels)
+    (exact,) = model.logits(tokens, labels)
+    (logits,) = model.bfloat16().logits(tokens, labels)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, exact, rtol=0, atol=0.1 * exact.std().item())
     assert model.sample(labels, SamplingSettings(guidance_scale=2.0)).shape == (4, 12, 1)
@@ -179,7 +179,7 @@ def test_it_is_registered_and_loads_by_name(build: Build, tmp_path: Path) -> Non
     assert isinstance(loaded, AR)
     assert loaded.options == model.options
     tokens, labels = tokens_of(model, 2), torch.arange(2)
-    assert torch.equal(loaded.logits(tokens, labels), model.logits(tokens, labels))
+    assert torch.equal(loaded.logits(tokens, labels)[0], model.logits(tokens, labels)[0])
 
 
 class _Recipe(Options):
@@ -204,7 +204,7 @@ def test_wrong_options_are_told_with_their_path() -> None:
         (
             TokenLayout.grid(2, 2, (16, 16)),
             "generator 'ar' cannot take the layout grid 2x2, 2 streams of 16 codes: it models one stream of codes, "
-            "not 2",
+            "not 2, unless flatten is on",
         ),
     ],
 )
@@ -257,3 +257,120 @@ def test_guidance_without_label_dropout_is_told(build: Build) -> None:
         model.sample(torch.arange(2), SamplingSettings(guidance_scale=2.0))
     assert str(raised.value) == ("guidance needs a generator trained with label_dropout above 0; take guidance_scale=1")
     assert model.sample(torch.arange(2), SamplingSettings()).shape == (2, 12, 1)
+
+
+def test_several_streams_stand_one_after_the_other(build: Build) -> None:
+    """Sub-token by sub-token: each sees those before it and no other."""
+    layout = TokenLayout.grid(2, 2, (16, 5, 7))
+    model = build(layout, flatten=True)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.stack([torch.randint(size, (1, 4), generator=generator) for size in layout.vocab], dim=-1)
+    labels = torch.tensor([2])
+
+    def flat(of: Tensor) -> list[Tensor]:
+        parts = model.logits(of, labels)
+        return [parts[stream][0, position] for position in range(4) for stream in range(3)]
+
+    before = flat(tokens)
+    assert [len(part) for part in before] == [16, 5, 7] * 4
+    for place in range(12):
+        changed = tokens.clone()
+        changed[:, place // 3, place % 3] = (changed[:, place // 3, place % 3] + 1) % layout.vocab[place % 3]
+        for other, (one, two) in enumerate(zip(before, flat(changed), strict=True)):
+            assert torch.allclose(one, two, rtol=0, atol=1e-6) == (other <= place), (place, other)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"flatten": True}, {"modulation": True}, {"blocks": "gpt"}, {"blocks": "gpt", "modulation": True}],
+    ids=str,
+)
+@torch.no_grad()
+def test_decoding_agrees_with_teacher_forcing(build: Build, options: dict[str, object]) -> None:
+    """Greedy tokens are the most likely ones given those before them."""
+    layout = TokenLayout.grid(2, 3, (16, 5) if "flatten" in options else (16,))
+    model = build(layout, **options)
+    labels = torch.tensor([0, 3, 4])
+    tokens = model.sample(labels, SamplingSettings(temperature=0, guidance_scale=1.7))
+    null = torch.full_like(labels, model.classes)
+    parts = zip(model.logits(tokens, labels), model.logits(tokens, null), strict=True)
+    expected = [(without + (given - without) * 1.7).argmax(-1) for given, without in parts]
+    assert torch.equal(tokens, torch.stack(expected, dim=-1))
+
+
+def captions(batch: int, lengths: list[int]) -> Tensor:
+    features = torch.randn(batch, 6, 10, generator=torch.Generator().manual_seed(4))
+    for caption, length in zip(features, lengths, strict=True):
+        caption[: 6 - length] = 0
+    return features
+
+
+@torch.no_grad()
+def test_captions_stand_in_front_and_their_padding_is_not_seen(build: Build) -> None:
+    model = build(classes=1, captions={"length": 6, "width": 10})
+    tokens, texts = tokens_of(model, 2), captions(2, [2, 6])
+    (logits,) = model.logits(tokens, texts)
+    (alone,) = model.logits(tokens[:1], texts[:1])
+    torch.testing.assert_close(logits[:1], alone)
+    null = model.condition(texts, torch.tensor([True, False]))
+    torch.testing.assert_close(null[0], model.condition(model.condition.null[None])[0])
+    torch.testing.assert_close(null[1], model.condition(texts)[1])
+    greedy = model.sample(texts, SamplingSettings(temperature=0, guidance_scale=1.0))
+    (again,) = model.logits(greedy, texts)
+    assert torch.equal(greedy[:, :, 0], again.argmax(-1))
+
+
+def test_captions_train(build: Build) -> None:
+    model = build(classes=1, captions={"length": 6, "width": 10}, label_dropout=0.5).train()
+    torch.manual_seed(0)
+    model.loss(tokens_of(model, 8), captions(8, [1, 2, 3, 4, 5, 6, 6, 6]))["cross_entropy"].backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None, name
+        assert bool(weight.grad.abs().sum() > 0), name
+
+
+def test_wrong_captions_are_told(build: Build) -> None:
+    model = build(classes=1, captions={"length": 6, "width": 10})
+    with pytest.raises(UserError) as raised:
+        model.sample(torch.arange(2), SamplingSettings())
+    assert str(raised.value) == ("captions must be float (B, 6, 10), left-padded with zero rows, got torch.int64 (2,)")
+
+
+def test_a_shared_class_is_embedded_as_its_code(build: Build) -> None:
+    model = build(classes=16, blocks="gpt", shared_classes=True, label_dropout=0.0)
+    assert not [name for name in model.state_dict() if name.startswith("condition")]
+    tokens = tokens_of(model, 2)
+    (logits,) = model.logits(tokens, torch.tensor([3, 9]))
+    with torch.no_grad():
+        model.embeddings[0].weight[3, 0] += 1.0
+    (changed,) = model.logits(tokens, torch.tensor([3, 9]))
+    assert bool(((changed - logits)[0].abs().amax(-1) > 1e-4).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"shared_classes": True},
+            "shared_classes: there is no null class: label_dropout must be 0, got True",
+        ),
+        (
+            {"modulation": True, "shared_classes": True, "label_dropout": 0.0},
+            "shared_classes: modulation needs a table of classes of its own, got True",
+        ),
+        ({"modulation": True, "captions": {}}, "captions: modulation needs classes, not captions, got {}"),
+    ],
+    ids=["shared", "modulated", "captions"],
+)
+def test_options_that_exclude_each_other_are_told(options: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValidationError) as raised:
+        AROptions(**options)
+    assert sentences(raised.value) == sentence
+
+
+def test_shared_classes_must_be_codes() -> None:
+    with pytest.raises(UserError) as raised:
+        AROptions(shared_classes=True, label_dropout=0.0).build(TokenLayout.grid(2, 2, (16,)), 17)
+    assert str(raised.value) == (
+        "shared classes are codes: 17 classes need a codebook of as many, not grid 2x2, 1 stream of 16 codes"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from smalti.core.layout import TokenLayout
 from smalti.core.noise import uniform
 from smalti.core.sampling_settings import SamplingSettings
-from smalti.generation.sampling import at_temperature, guided, inverse_cdf, next_tokens, top_k, top_p
+from smalti.generation.ar import AROptions
+from smalti.generation.sampling import TokenSampler, at_temperature, guided, inverse_cdf, next_tokens, top_k, top_p
 
 quick = settings(deadline=None, max_examples=60)
 # Quarters, so that equal logits are common.
@@ -132,3 +135,71 @@ def test_temperature_zero_takes_the_most_likely() -> None:
     logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
     drawn = next_tokens(logits, SamplingSettings(temperature=0, top_k=3, top_p=0.5), torch.arange(6), 0)
     assert torch.equal(drawn, logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "weights"),
+    [
+        ({"guidance_scale": 3.0}, [3.0, 3.0, 3.0, 3.0]),
+        ({"guidance_scale": 3.0, "guidance_steps": 2}, [3.0, 3.0, 1.0, 1.0]),
+        ({"guidance_scale": 3.0, "guidance": "linear"}, [1.0, 1.5, 2.0, 2.5]),
+        ({"guidance_scale": 3.0, "guidance": "power-cosine"}, [1.0, 1 + (1 - math.cos(math.pi / 4)), 2.0,
+                                                               1 + (1 + math.cos(math.pi / 4))]),
+        ({"guidance_scale": 3.0, "guidance": "power-cosine", "guidance_power": 2.0},
+         [1.0, 2 - math.cos(math.pi / 16), 2 - math.cos(math.pi / 4), 2 - math.cos(math.pi * 9 / 16)]),
+        ({"guidance_scale": 3.0, "guidance": "power-cosine", "guidance_power": 0.0}, [3.0, 3.0, 3.0, 3.0]),
+    ],
+)  # fmt: skip
+def test_guidance_over_the_steps(chosen: dict[str, Any], weights: list[float]) -> None:
+    settings = SamplingSettings(**chosen)
+    assert [settings.guidance_weight(step, step / 4) for step in range(4)] == pytest.approx(weights)
+    sampler = TokenSampler(settings, torch.arange(2), steps=4)
+    logits = torch.randn(4, 7)
+    for step, weight in enumerate(weights):
+        torch.testing.assert_close(sampler.guided(logits, step), logits[2:] + weight * (logits[:2] - logits[2:]))
+    if not settings.guidance_steps:
+        torch.testing.assert_close(sampler.guided(logits, 1, progress=0.5), sampler.guided(logits, 2))
+
+
+def test_a_sampler_draws_several_positions_at_once() -> None:
+    """As many as there are, each with noise of its own, whatever else is drawn."""
+    logits = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0))
+    settings = SamplingSettings(seed=4, top_k=6)
+    drawn = TokenSampler(settings, torch.tensor([3, 8]), steps=2, streams=2).draw(logits, step=1, stream=1)
+    noise = uniform(4, torch.tensor([3, 8]), 3, lanes=5)
+    for sample in range(2):
+        for position in range(5):
+            expected = inverse_cdf(top_k(logits[sample, position, None], 6), noise[sample, position, None, None])
+            assert drawn[sample, position] == expected
+
+
+def test_drawn_tokens_have_the_exact_probabilities() -> None:
+    """Chi-square test of a whole toy model: every sequence of two tokens, guided, with filters."""
+    torch.manual_seed(0)
+    model = AROptions(layers=1, dim=16, heads=2, ffn_multiple=8).build(TokenLayout.sequence(2, (4,)), 2).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape), alpha=0.1)
+    settings = SamplingSettings(guidance_scale=1.5, temperature=0.9, top_k=3, top_p=0.95, seed=2)
+    count, label = 20_000, 1
+    drawn = model.sample(torch.full((count,), label), settings)[:, :, 0]
+    sequences = torch.cartesian_prod(torch.arange(4), torch.arange(4))[:, :, None]
+    with torch.no_grad():
+        both = torch.cat([model.logits(sequences, torch.full((16,), which))[0] for which in (label, model.classes)])
+    null, conditional = both[16:].double(), both[:16].double()
+    logits = (null + (conditional - null) * 1.5).flatten(0, 1) / 0.9
+    plain = [plain_top_k(row, 3) for row in logits.tolist()]
+    masses = [plain_masses(row) for row in plain]
+    kept = torch.tensor([
+        [value if mass <= 0.95 else -math.inf for value, mass in zip(row, under, strict=True)]
+        for row, under in zip(plain, masses, strict=True)
+    ]).view(16, 2, 4)  # fmt: skip
+    chosen = kept.softmax(-1).gather(2, sequences)[:, :, 0].prod(1)
+    counts = torch.bincount(drawn[:, 0] * 4 + drawn[:, 1], minlength=16)
+    possible = chosen > 0
+    assert not counts[~possible].any()
+    statistic = ((counts - count * chosen) ** 2 / (count * chosen))[possible].sum().item()
+    degrees = int(possible.sum()) - 1
+    # Wilson and Hilferty's approximation of the quantile that 1 in 10,000 fair draws exceeds.
+    assert statistic < degrees * (1 - 2 / (9 * degrees) + 3.719 * math.sqrt(2 / (9 * degrees))) ** 3
+    assert degrees >= 5

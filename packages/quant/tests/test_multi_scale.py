@@ -105,7 +105,7 @@ def test_a_generator_gets_the_sums_averaged_down() -> None:
     assert torch.equal(module.accumulated(tokens[:, :5]), found[:, : 4 + 9])
     total = None
     for scale, part in enumerate(tokens.split([1, 4, 9, 25], 1)):
-        total, following = module.advance(total, part, scale)
+        total, following = module.advance(total, module.codes(part, scale), scale)
     assert following is None
     assert torch.equal(total, module.decode(tokens, (5, 5)))
     assert _build(scales=(5,), phi=0).accumulated(tokens[:, :25]).shape == (2, 0, 3)
@@ -122,6 +122,13 @@ def test_branches_of_a_product_stand_side_by_side() -> None:
     parts = [unit.accumulated(tokens[..., [branch]]) for branch, unit in enumerate(module.units)]
     assert torch.equal(module.accumulated(tokens), torch.cat(parts, -1))
     assert module.decode(tokens[:, :5], (5, 5)).shape == (2, 5, 5, 6)
+    total, inputs = None, []
+    for scale, part in enumerate(tokens.split([1, 4, 9, 25], 1)):
+        total, following = module.advance(total, module.codes(part, scale), scale)
+        inputs.append(following)
+    assert torch.equal(total, module.decode(tokens, (5, 5)))
+    assert torch.equal(torch.cat(inputs[:-1], 1), module.accumulated(tokens))
+    assert inputs[-1] is None
     drawn = [[unit.kept_scales(8) for unit in module.units] for _ in range(5)]
     assert all(torch.equal(first, second) for first, second in drawn)
     assert len({tuple(first.tolist()) for first, _ in drawn}) == 5

@@ -180,6 +180,10 @@ def test_only_scales_accumulate() -> None:
     module = ProductOptions(quantizers=(VQ,)).build()
     with pytest.raises(UserError, match=r"^only multi-scale units accumulate over scales, not 'vq'$"):
         module.accumulated(torch.zeros(1, 4, 1, dtype=torch.int64))
+    with pytest.raises(UserError, match=r"^the quantizer 'vq' does not go from scale to scale$"):
+        module.codes(torch.zeros(1, 4, 1, dtype=torch.int64), 0)
+    with pytest.raises(UserError, match=r"^the quantizer 'vq' does not go from scale to scale$"):
+        module.advance(None, torch.zeros(1, 4, VQ.dim), 0)
 
 
 def test_grouped_residuals_drop_the_same_levels() -> None:

@@ -159,7 +159,7 @@ def xqgan(case: dict[str, Any], parity: ModuleType) -> Stages:
             found[f"{name}_var_input"] = module.accumulated(quantized.tokens)
             total, steps = None, []
             for scale, part in enumerate(quantized.tokens.split(module.areas, 1)):
-                total, following = module.advance(total, part, scale)
+                total, following = module.advance(total, module.codes(part, scale), scale)
                 steps.append(following)
             found[f"{name}_next_inputs"] = torch.cat(steps[:-1], 1)
         else:

@@ -8,6 +8,7 @@ are already weighted: their sum is what training minimises.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -76,6 +77,40 @@ class Quantizer(nn.Module, ABC):
         if len(space) == 2:
             return TokenLayout.grid(space[0], space[1], self.vocab)
         raise UserError(f"a latent has one or two axes of space, got {space}")
+
+    def codes(self, tokens: Tensor, scale: int) -> Tensor:
+        """The vectors of tokens of one scale, for quantizers whose layout has scales.
+
+        Args:
+            tokens: int64 `(B, N, S)`, any N.
+            scale: k, from 0.
+
+        Returns:
+            `(B, N, D)` float32, or wider.
+
+        Raises:
+            UserError: its tokens are no scales.
+        """
+        del tokens, scale
+        raise UserError(f"the quantizer {self.options.name!r} does not go from scale to scale")
+
+    def advance(self, total: Tensor | None, codes: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
+        """Take in one more scale, as sampling does, for quantizers whose layout has scales.
+
+        Args:
+            total: latent `(B, h, w, D)` after the scales before; None at scale 0.
+            codes: `(B, p_k, D)` of all positions of this scale.
+            scale: k, from 0.
+
+        Returns:
+            The latent after this scale, and the latent so far averaged down to the next scale's grid
+            `(B, p_(k+1), D)`, from which a generator predicts that scale (VAR); None after the last.
+
+        Raises:
+            UserError: its tokens are no scales.
+        """
+        del total, codes, scale
+        raise UserError(f"the quantizer {self.options.name!r} does not go from scale to scale")
 
 
 class Encoder(nn.Module, ABC):
@@ -185,6 +220,17 @@ class Generator(nn.Module, Pretrained, ABC):
         self.token_layout = layout
         self.classes = classes
 
+    def attach(self, tokenizer: Tokenizer) -> None:
+        """Take from the tokenizer what is needed of it beside tokens, which `save_pretrained` then saves too.
+
+        Most generators need nothing. Whoever pairs a generator with a tokenizer calls it.
+        """
+        del tokenizer
+
+    def begin_step(self, step: int) -> None:
+        """Told before every training step which one it is, from 0; most generators learn alike in all of them."""
+        del step
+
     @abstractmethod
     def loss(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Weighted terms for tokens `(B, L, S)` of images with labels `(B,)`."""
@@ -196,6 +242,18 @@ class Generator(nn.Module, Pretrained, ABC):
         `indices` `(B,)` number the samples within the whole run (default 0, 1, ...): sample i takes its
         noise from `(settings.seed, i, step)`, see `smalti.core.noise`.
         """
+
+    def sample_traced(
+        self, labels: Tensor, settings: SamplingSettings, indices: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `sample`, and the step at which each position got its tokens, int64 `(B, L)`, from 0.
+
+        By default that is one position after the other, and of scales one scale after the other.
+        """
+        tokens, layout = self.sample(labels, settings, indices), self.token_layout
+        sizes = [math.prod(grid) for grid in layout.shape] if layout.kind == "scales" else [1] * layout.positions
+        steps = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(tokens.device)
+        return tokens, steps.expand(len(tokens), -1)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """`loss`, so that wrappers which hook into `forward` (DDP, FSDP) see the training step."""

@@ -104,7 +104,12 @@ class ComposedTokenizer(Tokenizer):
     def decode(self, tokens: Tensor, layout: TokenLayout | None = None, **context: Tensor) -> Tensor:
         """Tokens `(B, L, S)` to images `(B, C, H, W)`."""
         layout = layout or self.layout()
-        images: Tensor = self.decoder(self.from_codes(self.quantizer.decode(tokens, layout.shape[-1])), **context)
+        return self.decode_latent(self.quantizer.decode(tokens, layout.shape[-1]), **context)
+
+    @torch.no_grad()
+    def decode_latent(self, latent: Tensor, **context: Tensor) -> Tensor:
+        """A latent `(B, *space, D)` of the quantizer's width, which need not be that of tokens, to images."""
+        images: Tensor = self.decoder(self.from_codes(latent), **context)
         return images.clamp(-1.0, 1.0)
 
 

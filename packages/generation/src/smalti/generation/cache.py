@@ -17,9 +17,9 @@ class LayerCache:
     """
 
     def __init__(
-        self, batch: int, capacity: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self, batch: int, heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._keys = torch.empty(batch, capacity, heads, head_dim, dtype=dtype, device=device)
+        self._keys = torch.empty(batch, heads, capacity, head_dim, dtype=dtype, device=device)
         self._values = torch.empty_like(self._keys)
         self.length = 0
 
@@ -29,25 +29,45 @@ class LayerCache:
         Only the filled part is given, as views, so that attention never reads the rest.
 
         Args:
-            key: `(B, T, H, d)`.
-            value: `(B, T, H, d)`.
+            key: `(B, H, T, d)`.
+            value: `(B, H, T, d)`.
 
         Returns:
-            Keys and values `(B, N, H, d)`, the new ones last.
+            Keys and values `(B, H, N, d)`, the new ones last.
         """
-        start, end = self.length, self.length + key.shape[1]
-        assert end <= self._keys.shape[1], f"the cache holds {self._keys.shape[1]} positions, {end} are too many"
-        self._keys[:, start:end] = key
-        self._values[:, start:end] = value
+        start, end = self.length, self.length + key.shape[2]
+        assert end <= self._keys.shape[2], f"the cache holds {self._keys.shape[2]} positions, {end} are too many"
+        self._keys[:, :, start:end] = key
+        self._values[:, :, start:end] = value
         self.length = end
-        return self._keys[:, :end], self._values[:, :end]
+        return self._keys[:, :, :end], self._values[:, :, :end]
 
 
-def allocate(layers: int, batch: int, capacity: int, heads: int, head_dim: int, weight: Tensor) -> list[LayerCache]:
-    """Caches of `layers` layers for `capacity` positions, beside `weight` and in the dtype it computes in.
+class Cache:
+    """The caches of all layers of a transformer.
 
-    Under autocast that is the autocast dtype: keys are stored as attention uses them.
+    Under autocast they have its dtype: keys are stored as attention uses them.
+
+    Args:
+        layers: how many.
+        batch: B.
+        heads: H.
+        capacity: the most positions they will hold.
+        head_dim: d.
+        weight: of the transformer; the caches lie beside it and have the dtype it computes in.
     """
-    kind = weight.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    return [LayerCache(batch, capacity, heads, head_dim, dtype, weight.device) for _ in range(layers)]
+
+    def __init__(self, layers: int, batch: int, heads: int, capacity: int, head_dim: int, weight: Tensor) -> None:
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        self.layers = [LayerCache(batch, heads, capacity, head_dim, dtype, weight.device) for _ in range(layers)]
+
+    @property
+    def length(self) -> int:
+        """Positions filled so far."""
+        return self.layers[0].length
+
+    def clear(self) -> None:
+        """Forget all positions; the memory stays."""
+        for layer in self.layers:
+            layer.length = 0

@@ -10,12 +10,12 @@ from smalti.core.errors import UserError
 from smalti.core.layout import TokenLayout
 
 
-def check_batch(tokens: Tensor, labels: Tensor, layout: TokenLayout, classes: int) -> None:
+def check_batch(tokens: Tensor, labels: Tensor | None, layout: TokenLayout, classes: int) -> None:
     """Check a training batch.
 
     Args:
         tokens: `(B, L, S)` int64.
-        labels: `(B,)`.
+        labels: `(B,)`; None where the condition is no class.
         layout: of the tokens.
         classes: labels lie in `[0, classes)`.
 
@@ -27,13 +27,15 @@ def check_batch(tokens: Tensor, labels: Tensor, layout: TokenLayout, classes: in
             f"tokens of {layout} must be int64 (B, {layout.positions}, {layout.streams}), "
             f"got {tokens.dtype} {tuple(tokens.shape)}"
         )
-    if labels.shape != tokens.shape[:1]:
+    if labels is not None and labels.shape != tokens.shape[:1]:
         raise UserError(f"labels must be ({tokens.shape[0]},), one per image, got {tuple(labels.shape)}")
     streams = zip(tokens.unbind(-1), layout.vocab, strict=True)
     outside = torch.stack([(codes < 0) | (codes >= size) for codes, size in streams], dim=-1)
+    wrong = outside.any() if labels is None else outside.any() | ((labels < 0) | (labels >= classes)).any()
     # Reading a value waits for the device, so both questions are asked at once.
-    if bool(outside.any() | ((labels < 0) | (labels >= classes)).any()):
-        check_labels(labels, classes)
+    if bool(wrong):
+        if labels is not None:
+            check_labels(labels, classes)
         stream = int(outside.nonzero()[0, 2])
         raise UserError(
             f"token {int(tokens[outside][0])} is out of range: stream {stream} of the layout has "

@@ -1,190 +1,136 @@
-"""The transformer of LlamaGen (Sun et al. 2024): pre-norm blocks of causal attention and a gated feed-forward.
+"""The transformer that all generators share: blocks in a row, for whole sequences and, with a cache, for new positions.
 
-The same code trains on whole sequences and decodes with a cache.
-
-Legend: B batch, T positions, H heads, d width of a head, D width of the model (D = H d).
+Legend: B batch, T positions, d width of a head, D width of the model, C width of the condition.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
-import torch.nn.functional as F
-from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from smalti.core.options import GeneratorOptions
-from smalti.generation.attention import attend
-from smalti.generation.cache import LayerCache, allocate
-from smalti.generation.rotary import rotate
+from smalti.generation.attention import Mask
+from smalti.generation.blocks import Architecture, Block
+from smalti.generation.cache import Cache
+from smalti.generation.norms import Modulation
 
-NORM_EPSILON = 1e-5
 INITIAL_STD = 0.02
 
 
-class TransformerOptions(GeneratorOptions):
-    """What generators on this transformer have in common.
-
-    Args:
-        layers: blocks.
-        dim: width of the model.
-        heads: of attention; their width, dim / heads, must be divisible by 4.
-        ffn_multiple: the feed-forward is 8/3 dim wide, rounded up to a multiple of this.
-        dropout: of the input sequence and after both branches of every block.
-        drop_path: chance to leave out a branch of the last block, per sample, rising linearly from 0 at the first
-            (stochastic depth, Huang et al. 2016).
-    """
-
-    layers: Annotated[int, Field(ge=1)] = 12
-    dim: Annotated[int, Field(ge=4)] = 768
-    heads: Annotated[int, Field(ge=1)] = 12
-    ffn_multiple: Annotated[int, Field(ge=1)] = 256
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-    @field_validator("heads")
-    @classmethod
-    def _fits_dim(cls, heads: int, info: ValidationInfo) -> int:
-        dim = info.data.get("dim")
-        if dim is not None and dim % (4 * heads):
-            raise ValueError(f"dim {dim} must be a multiple of 4 times the number of heads")
-        return heads
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head."""
-        return self.dim // self.heads
-
-    @property
-    def ffn_dim(self) -> int:
-        """Width of the feed-forward."""
-        return -(-(8 * self.dim // 3) // self.ffn_multiple) * self.ffn_multiple
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich 2019) over the last axis; in float32, cast back, then weighted."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., D)` to `(..., D)`."""
-        return F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPSILON).type_as(x) * self.weight
-
-
-class SwiGLU(nn.Module):
-    """Gated feed-forward without biases (Shazeer 2020): down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, dim: int, width: int) -> None:
-        super().__init__()
-        self.gate = nn.Linear(dim, width, bias=False)
-        self.up = nn.Linear(dim, width, bias=False)
-        self.down = nn.Linear(width, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, T, D)` to `(B, T, D)`."""
-        gated: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
-        return gated
-
-
-class CausalAttention(nn.Module):
-    """Causal self-attention with rotary positions and without biases."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
-
-    def forward(self, x: Tensor, rotary: Tensor, cache: LayerCache | None) -> Tensor:
-        """`(B, T, D)` to `(B, T, D)`; with a cache the T positions follow those in it, and are added to it.
-
-        Args:
-            x: `(B, T, D)`.
-            rotary: `(T, d/2)`, of these positions.
-            cache: of this layer.
-        """
-        heads = self.heads
-        projected = self.qkv(x).unflatten(-1, (3 * heads, -1))
-        query, key = rotate(projected[:, :, : 2 * heads], rotary).chunk(2, dim=2)
-        value = projected[:, :, 2 * heads :]
-        if cache is not None:
-            key, value = cache.append(key, value)
-        attended: Tensor = self.out(attend(query, key, value, causal=True).flatten(2))
-        return attended
-
-
-class Block(nn.Module):
-    """h = x + attention(norm(x)), then h + feed-forward(norm(h)).
-
-    Args:
-        options: of the transformer.
-        drop_path: chance to leave out a branch, per sample.
-    """
-
-    def __init__(self, options: TransformerOptions, drop_path: float) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(options.dim)
-        self.attention = CausalAttention(options.dim, options.heads)
-        self.ffn_norm = RMSNorm(options.dim)
-        self.ffn = SwiGLU(options.dim, options.ffn_dim)
-        self.dropout = options.dropout
-        self.drop_path = drop_path
-
-    def forward(self, x: Tensor, rotary: Tensor, cache: LayerCache | None) -> Tensor:
-        """As `CausalAttention.forward`."""
-        x = x + self._dropped(self.attention(self.attention_norm(x), rotary, cache))
-        return x + self._dropped(self.ffn(self.ffn_norm(x)))
-
-    def _dropped(self, branch: Tensor) -> Tensor:
-        if not self.training:
-            return branch
-        branch = F.dropout(branch, self.dropout)
-        if self.drop_path == 0:
-            return branch
-        kept = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(1 - self.drop_path)
-        return branch * kept / (1 - self.drop_path)
-
-
 class Transformer(nn.Module):
-    """A stack of blocks; what comes before and after is the generator's.
+    """Blocks in a row; what comes before and after is the generator's.
 
     Args:
-        options: widths and dropout.
-        layers: blocks of this stack.
+        architecture: what the blocks compute.
     """
 
-    def __init__(self, options: TransformerOptions, layers: int) -> None:
+    def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        self.options = options
-        rates = [options.drop_path * layer / max(layers - 1, 1) for layer in range(layers)]
-        self.blocks = nn.ModuleList(Block(options, rate) for rate in rates)
+        self.architecture = architecture
+        last = max(architecture.layers - 1, 1)
+        self.blocks = nn.ModuleList(
+            Block(architecture, architecture.drop_path * layer / last) for layer in range(architecture.layers)
+        )
+        if architecture.modulation == "shared":
+            self.modulation = Modulation(architecture.condition_dim, architecture.dim, 6)
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        rotary: Tensor | None = None,
+        mask: Mask = "causal",
+        cache: Cache | None = None,
+        modulations: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """`(B, T, D)` to `(B, T, D)`.
 
         Args:
             x: `(B, T, D)`, the input of T positions in a row.
-            rotary: `(T, d/2)`, the rotations of these positions.
+            rotary: `(T, d/2)`, the rotations of these positions, where the model has any.
+            mask: what each position sees.
             cache: of `new_cache`; the T positions follow those in it.
+            modulations: of `modulations`, where the architecture has any.
         """
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, None if cache is None else cache[layer])
+            x = block(
+                x,
+                rotary,
+                mask,
+                None if cache is None else cache.layers[layer],
+                None if modulations is None else modulations[layer],
+            )
         return x
 
-    def new_cache(self, batch: int, capacity: int) -> list[LayerCache]:
-        """An empty cache for sequences of up to `capacity` positions."""
-        weight = next(self.parameters())
-        return allocate(len(self.blocks), batch, capacity, self.options.heads, self.options.head_dim, weight)
+    def modulations(self, condition: Tensor) -> list[Tensor] | None:
+        """What the condition makes of each block, `(B, T or 1, 6, D)`; None where the architecture has no modulation.
+
+        It does not depend on the tokens: sampling computes it once per image.
+
+        Args:
+            condition: `(B, T, C)`, or `(B, 1, C)` for all positions alike.
+        """
+        kind = self.architecture.modulation
+        if kind == "none":
+            return None
+        if kind == "shared":
+            shared: Tensor = self.modulation(condition)
+            return [shared + block.get_parameter("modulation_table") for block in self.blocks]
+        return [block.get_submodule("modulation")(condition) for block in self.blocks]
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for `batch` sequences of up to `capacity` positions."""
+        shape = self.architecture
+        return Cache(shape.layers, batch, shape.heads, capacity, shape.head_dim, next(self.parameters()))
 
 
-def initialise(module: nn.Module) -> None:
-    """Draw every linear and embedding weight below `module` from normal(0, 0.02); biases become 0."""
+class SkipTransformer(nn.Module):
+    """Blocks whose outputs in the first half are joined to the inputs of the second (U-ViT, Bao et al. 2023).
+
+    The last of the first half goes to the first of the second. All positions see each other.
+
+    Args:
+        architecture: what the blocks compute; there is one more, between the halves.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        half, dim = architecture.layers // 2, architecture.dim
+        self.downward = nn.ModuleList(Block(architecture) for _ in range(half))
+        self.middle = Block(architecture)
+        self.upward = nn.ModuleList(Block(architecture) for _ in range(half))
+        self.skips = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(half))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, T, D)` to `(B, T, D)`."""
+        kept = []
+        for block in self.downward:
+            x = block(x)
+            kept.append(x)
+        x = self.middle(x)
+        for block, skip in zip(self.upward, self.skips, strict=True):
+            x = block(skip(torch.cat([x, kept.pop()], dim=-1)))
+        return x
+
+
+def initialise(module: nn.Module, std: float = INITIAL_STD) -> None:
+    """Draw every linear and embedding weight below `module` from normal(0, std); biases become 0."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
-            nn.init.normal_(part.weight, std=INITIAL_STD)
+            nn.init.normal_(part.weight, std=std)
         if isinstance(part, nn.Linear) and part.bias is not None:
             nn.init.zeros_(part.bias)
+
+
+def initialise_modulation(module: nn.Module, gates: float, others: float) -> None:
+    """Multiply the initial weights of every `Modulation` below `module`: its gates by one factor, the rest by another.
+
+    Small gates let a deep model begin near the identity (AdaLN-zero, Peebles and Xie 2023, where both are 0).
+    """
+    for part in module.modules():
+        if isinstance(part, Modulation):
+            gated = 2 if part.parts == 6 else 0
+            weight = part.linear.weight.data.unflatten(0, (part.parts, -1))
+            weight[:gated].mul_(gates)
+            weight[gated:].mul_(others)

@@ -128,7 +128,7 @@ class MultiScale(Quantizer):
             for scale, (unit, grid) in enumerate(zip(self.units.row(), self.options.scales, strict=True)):
                 weight = self.options.scale_decay**scale
                 quantized: Quantized = unit(F.adaptive_avg_pool2d(rest, grid).movedim(1, -1) / weight)
-                codes = self._enlarged(quantized.tokens, scale)
+                codes = self._enlarged(self.codes(quantized.tokens, scale), scale)
                 rest = rest - codes.detach()
                 total = total + (codes if keep is None else codes * keep[scale])
                 tokens.append(quantized.tokens)
@@ -153,7 +153,7 @@ class MultiScale(Quantizer):
         """The latents `(B, h, w, D)` after every scale that the tokens `(B, L, S)` have, coarse to fine."""
         total: Tensor | None = None
         for scale, part in enumerate(self._parts(tokens)):
-            total, _ = self.advance(total, part, scale)
+            total, _ = self.advance(total, self.codes(part, scale), scale)
             yield total
 
     def accumulated(self, tokens: Tensor) -> Tensor:
@@ -169,28 +169,24 @@ class MultiScale(Quantizer):
         total: Tensor | None = None
         inputs = []
         for scale, part in enumerate(self._parts(tokens)):
-            total, following = self.advance(total, part, scale)
+            total, following = self.advance(total, self.codes(part, scale), scale)
             if following is not None:
                 inputs.append(following)
         if not inputs:
             return tokens.new_zeros(len(tokens), 0, self.dim, dtype=torch.float32)
         return torch.cat(inputs, 1)
 
-    def advance(self, total: Tensor | None, tokens: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
-        """Take in the tokens of one more scale, as sampling does.
-
-        Args:
-            total: latent `(B, h, w, D)` after the scales before; None at scale 0.
-            tokens: int64 `(B, p_k, S)` of this scale.
-            scale: k, from 0.
-
-        Returns:
-            The latent after this scale, and the next scale's input `(B, p_(k+1), D)`, None after the last.
-        """
+    def codes(self, tokens: Tensor, scale: int) -> Tensor:
+        """The vectors `(B, N, D)` of tokens `(B, N, S)` of scale k, before they are enlarged."""
         with full_precision(tokens):
-            codes = self._enlarged(tokens, scale)
-            before = torch.zeros_like(codes) if total is None else total.movedim(-1, 1)
-            after = before + codes
+            decoded = self.units.row()[scale].decode(tokens, (tokens.shape[1],))
+            return float32_or_wider(decoded) * self.options.scale_decay**scale
+
+    def advance(self, total: Tensor | None, codes: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
+        """The latent `(B, h, w, D)` after scale k, whose codes are `(B, p_k, D)`, and the input of the next scale."""
+        with full_precision(codes):
+            enlarged = self._enlarged(codes, scale)
+            after = enlarged if total is None else total.movedim(-1, 1) + enlarged
             following = None
             if scale + 1 < len(self.areas):
                 grid = self.options.scales[scale + 1]
@@ -219,14 +215,14 @@ class MultiScale(Quantizer):
         mask = torch.arange(len(self.areas), device=latent.device)[:, None] < kept
         return mask.to(latent.dtype)[..., None, None, None]
 
-    def _enlarged(self, tokens: Tensor, scale: int) -> Tensor:
-        """The codes `(B, D, h, w)` of one scale's tokens, with gradients to codes and phi."""
+    def _enlarged(self, codes: Tensor, scale: int) -> Tensor:
+        """The codes `(B, p_k, D)` of one scale as `(B, D, h, w)`, with gradients to codes and phi."""
         options = self.options
-        decoded = self.units.row()[scale].decode(tokens, options.scales[scale])
-        codes = (float32_or_wider(decoded) * options.scale_decay**scale).movedim(-1, 1)
+        grid = codes.unflatten(1, options.scales[scale]).movedim(-1, 1)
         if options.scales[scale] != options.scales[-1]:
-            codes = F.interpolate(codes, options.scales[-1], mode=options.enlargement, align_corners=False)
-        return self.phi[self.phi_of_scale[scale]](codes) if options.phi else codes
+            grid = F.interpolate(grid, options.scales[-1], mode=options.enlargement, align_corners=False)
+        smoothed: Tensor = self.phi[self.phi_of_scale[scale]](grid) if options.phi else grid
+        return smoothed
 
     def _losses(self, latent: Tensor, total: Tensor, unit: dict[str, Tensor], keep: Tensor | None) -> dict[str, Tensor]:
         def distance(first: Tensor, second: Tensor) -> Tensor:

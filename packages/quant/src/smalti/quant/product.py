@@ -104,6 +104,19 @@ class Product(Quantizer):
             parts.append(unit.accumulated(part))
         return torch.cat(parts, -1)
 
+    def codes(self, tokens: Tensor, scale: int) -> Tensor:
+        """Those of the units `(B, N, D)`, side by side."""
+        return torch.cat([unit.codes(part, scale) for unit, part in self._parts(tokens)], -1)
+
+    def advance(self, total: Tensor | None, codes: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
+        """Every unit for itself, with its channels of the latent so far and of the codes."""
+        units = self.units.row()
+        totals = [None] * len(units) if total is None else total.split(self.widths, -1)
+        parts = zip(units, totals, codes.split(self.widths, -1), strict=True)
+        latents, inputs = zip(*(unit.advance(own, part, scale) for unit, own, part in parts), strict=True)
+        following = [part for part in inputs if part is not None]
+        return torch.cat(latents, -1), torch.cat(following, -1) if following else None
+
     def _parts(self, tokens: Tensor) -> list[tuple[Quantizer, Tensor]]:
         units = self.units.row()
         return list(zip(units, tokens.split([len(unit.vocab) for unit in units], -1), strict=True))

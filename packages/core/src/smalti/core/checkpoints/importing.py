@@ -22,6 +22,7 @@ from smalti.core.weights import CONFIG, Pretrained, save_tensors
 # The options that decide what a network computes with its weights, and those among them that only training sees.
 NETWORKS = ("encoder", "decoder", "embed")
 TRAINING_ONLY = ("dropout", "last_dropout", "drop_path", "share", "learn_anchors", "learn_features", "final_scale")
+BESIDE_OPTIONS = ("layout", "classes")
 MISSHAPEN = (IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError)
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -75,7 +76,8 @@ def import_checkpoint(
     Args:
         source: a published file, a folder with `model.safetensors`, or its state dict.
         layout: name of the layout; recognised from the names and shapes where it is not given.
-        overrides: options that names and shapes cannot tell, by dotted path, e.g. `quantizer.commitment_weight=0.25`.
+        overrides: options that names and shapes cannot tell, by dotted path, e.g. `quantizer.commitment_weight=0.25`;
+            of a generator also `layout.shape=[[24, 24]]` and `classes=10`.
         ema: take averaged weights where there are any.
 
     Returns:
@@ -141,7 +143,9 @@ def configured(layout: CheckpointLayout, shapes: Shapes, overrides: Sequence[str
     except MISSHAPEN as error:
         raise UserError(f"these shapes cannot be those of weights of the layout {layout.name}") from error
     for override in overrides:
-        apply_override(config["options"], override)
+        # What a generator knows beside its options, its layout and the number of classes, is named as it is.
+        own = override.partition("=")[0].partition(".")[0]
+        apply_override(config if own in BESIDE_OPTIONS and own in config else config["options"], override)
     return config
 
 

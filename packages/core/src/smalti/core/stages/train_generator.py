@@ -36,6 +36,7 @@ class TrainGenerator(Stage):
         tokens.check_tokenizer(fingerprint(tokenizer, tokenizer.config()))
         torch.manual_seed(mixed_seed(recipe.seed, self.name, "weights"))
         generator = recipe.generator.build(tokens.layout, len(tokens.classes))
+        generator.attach(tokenizer)
         batches = TokenBatches(
             tokens,
             micro_batch(options),

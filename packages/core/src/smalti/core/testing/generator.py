@@ -108,6 +108,14 @@ class GeneratorContract:
         for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):
             assert torch.equal(generator.sample(labels[rows], self.settings(), indices[rows]), together[rows])
 
+    def test_a_trace_tells_steps(self) -> None:
+        generator = self.build().eval()
+        tokens, steps = generator.sample_traced(self.labels(), self.settings())
+        assert torch.equal(tokens, generator.sample(self.labels(), self.settings()))
+        assert steps.dtype == torch.int64
+        assert steps.shape == (4, self.layout.positions)
+        assert int(steps.min()) >= 0
+
     def test_seed_and_index_decide(self) -> None:
         generator = self.build().eval()
         labels = torch.zeros(8, dtype=torch.int64)

@@ -154,6 +154,7 @@ class GeneratorTask(Task):
     """A generator, fitted to the tokens of labelled images."""
 
     def __init__(self, generator: Generator) -> None:
+        self.generator = generator
         self.models = {"generator": generator}
 
     def objectives(
@@ -161,4 +162,5 @@ class GeneratorTask(Task):
     ) -> Iterator[Objective]:
         """The generator's own loss."""
         tokens, labels = batch
+        self.generator.begin_step(step)
         yield "generator", models["generator"](tokens, labels)
