@@ -2,16 +2,13 @@
 
 import errno
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 
 from smalti.core.errors import UserError
@@ -31,19 +28,6 @@ OPTIONS = FitOptions(gaussians=30, steps=12)
 def image():
     y, x = torch.meshgrid(torch.linspace(0, 1, 24), torch.linspace(0, 1, 32), indexing="ij")
     return torch.stack((x, y, (x * 9).sin().abs()))
-
-
-@pytest.fixture
-def smalti(tmp_path):
-    """Start the command line in `tmp_path`."""
-
-    def start(*arguments):
-        command = [sys.executable, "-m", "smalti", "fit", *map(str, arguments)]
-        environment = {**os.environ, "SMALTI_PLUGINS": "core,gaussian", "OMP_NUM_THREADS": "1"}
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True)
-
-    return start
 
 
 def run(path, image, wanted=Wanted(), options=OPTIONS):  # noqa: B008
@@ -191,23 +175,27 @@ def test_a_folder_that_cannot_be_written(image, tmp_path, monkeypatch):
     assert str(caught.value) == f"{tmp_path / 'out'} cannot be written: Permission denied"
 
 
-@pytest.mark.slow
-def test_ctrl_c_is_told_and_the_same_command_ends_the_fit(smalti, tmp_path):
+def test_ctrl_c_is_told_and_the_same_command_ends_the_fit(tmp_path, monkeypatch, capsys):
     random = np.random.default_rng(0)
-    Image.fromarray(random.integers(0, 256, (40, 50), dtype=np.uint8)).save(tmp_path / "grey.png")
-    command = ("grey.png", "--gaussians", 60, "--out", "out", "--steps", 300, "--gif")
-    process = smalti(*command)
-    while process.poll() is None and len(list(tmp_path.glob("out/frames/*.png"))) < 4:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate()
-    assert process.returncode == 130
-    assert told.endswith("smalti: interrupted; the same command goes on from here\n")
-    assert (tmp_path / "out" / "state.safetensors").exists()
+    Image.fromarray(random.integers(0, 256, (20, 25), dtype=np.uint8)).save(tmp_path / "grey.png")
+    out, step = tmp_path / "out", fit_folder.Fitting.steps
 
-    process = smalti(*command)
-    said, told = process.communicate()
-    assert process.returncode == 0, told
-    assert said.startswith("60 Gaussians, 50 x 40 x 1, 300 steps: PSNR ")
-    assert told.startswith("fit: 300/300, ")
-    assert not (tmp_path / "out" / "state.safetensors").exists()
+    def pressed(fitting):
+        for found in step(fitting):
+            yield found
+            if found.number == 5:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(fit_folder.Fitting, "steps", pressed)
+    with pytest.raises(typer.Exit) as caught:
+        fit(tmp_path / "grey.png", 20, out, steps=12, gif=True)
+    assert caught.value.exit_code == 130
+    assert capsys.readouterr().err.endswith("smalti: interrupted; the same command goes on from here\n")
+    assert (out / "state.safetensors").exists()
+
+    monkeypatch.undo()
+    fit(tmp_path / "grey.png", 20, out, steps=12, gif=True)
+    said, told = capsys.readouterr()
+    assert said.startswith("20 Gaussians, 25 x 20 x 1, 12 steps: PSNR ")
+    assert told.startswith("fit: 12/12, ")
+    assert not (out / "state.safetensors").exists()

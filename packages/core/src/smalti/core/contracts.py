@@ -206,10 +206,12 @@ class Generator(nn.Module, Pretrained, ABC):
         options: what it was built from.
         token_layout: the layout of the tokens it models.
         classes: labels lie in `[0, classes)`.
+        labelled: false where it takes features of captions in the place of labels.
     """
 
     kind = "generator"
     options: GeneratorOptions
+    labelled = True
 
     def __init__(self, options: GeneratorOptions, layout: TokenLayout, classes: int) -> None:
         super().__init__()

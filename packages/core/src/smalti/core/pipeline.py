@@ -6,9 +6,11 @@ import time
 
 from smalti.core import distributed
 from smalti.core.errors import UserError
+from smalti.core.published_tokenizer import PublishedTokenizerOptions
 from smalti.core.run_folder import fingerprint
 from smalti.core.stage import Context, Stage
 from smalti.core.stages.sample import Sample
+from smalti.core.stages.take_tokenizer import TakeTokenizer
 from smalti.core.stages.tokenize import Tokenize
 from smalti.core.stages.train_autoencoder import TrainAutoencoder
 from smalti.core.stages.train_generator import TrainGenerator
@@ -29,8 +31,9 @@ class Pipeline:
 
     def __init__(self, context: Context) -> None:
         self.context = context
+        published = isinstance(context.recipe.tokenizer, PublishedTokenizerOptions)
         stages: list[Stage] = [
-            TrainTokenizer(context),
+            TakeTokenizer(context) if published else TrainTokenizer(context),
             TrainAutoencoder(context),
             Tokenize(context),
             TrainGenerator(context),

@@ -35,6 +35,12 @@ def smalti_register() -> Iterator[Component]:
     yield Component("checkpoint", "vistok-vqvae", f"{published}.vistok:VistokSimpleLayout", "visual-tokenizer-pytorch")
     yield Component("checkpoint", "vistok-vqgan", f"{published}.vistok:VistokVQGANLayout", "visual-tokenizer-pytorch")
     yield Component("tokenizer", "composed", f"{here}.tokenizer:ComposedOptions", "encoder + quantizer + decoder")
+    yield Component(
+        "tokenizer",
+        "published",
+        f"{here}.published_tokenizer:PublishedTokenizerOptions",
+        "trained elsewhere, with its weights",
+    )
     losses = f"{here}.losses"
     yield Component("loss", "l1", f"{losses}.pixel:L1Options", "mean absolute difference")
     yield Component("loss", "l2", f"{losses}.pixel:L2Options", "mean squared difference")

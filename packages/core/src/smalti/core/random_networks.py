@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from smalti.core.files import atomic_write
+from smalti.core.layout import TokenLayout
 
 IMAGE_SIZE = 32
 WIDTH = 64  # of transformers: one head of the published width
@@ -20,6 +22,14 @@ TEXT_TOKENS = 8
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 .,-"
 
 Shapes = dict[str, tuple[int, ...]]
+Data = dict[str, Any]
+
+VECTORS: Data = {"name": "vq", "dim": 8, "codebook_size": CODES}
+ONE_LAYER: Data = {"name": "titok", "width": WIDTH, "layers": 1, "heads": 1, "tokens": 4, "grid": [2, 2]}
+SEQUENCE: Data = {
+    "encoder": {**ONE_LAYER, "patch": IMAGE_SIZE // 2},
+    "decoder": {**ONE_LAYER, "head": {"name": "pixels", "patch": IMAGE_SIZE // 2}},
+}
 
 
 class RandomNetworks:
@@ -67,25 +77,30 @@ class RandomNetworks:
 
     def tokenizer(self, grid: int) -> str:
         """A folder with a tokenizer of `grid` x `grid` tokens, for the loss of proxy codes."""
+        self.tell("the tokenizer of the proxy codes is random")
+        return self._tokenizer(f"tokenizer-{grid}", _convolutions(grid), VECTORS)
+
+    def published(self, layout: TokenLayout | None) -> str:
+        """A folder with a tokenizer whose tokens are like those of `layout`, fewer and of fewer codes; None: a grid."""
+        self.tell("the published tokenizer is random")
+        if layout is None:
+            layout = TokenLayout.grid(2, 2, (CODES,))
+        quantizer: Data = VECTORS
+        if layout.kind == "scales":
+            quantizer = {"name": "multi-scale", "scales": small_scales(layout.shape), "quantizer": quantizer}
+        if layout.streams > 1:
+            quantizer = {"name": "product", "quantizers": [quantizer], "branches": layout.streams}
+        networks = SEQUENCE if layout.kind == "sequence" else _convolutions(2)
+        return self._tokenizer(f"{layout.kind}-{len(layout.shape)}-{layout.streams}", networks, quantizer)
+
+    def _tokenizer(self, name: str, networks: Data, quantizer: Data) -> str:
         from smalti.core.contracts import Tokenizer
 
-        self.tell("the tokenizer of the proxy codes is random")
-        levels = round(math.log2(IMAGE_SIZE / grid))
-        sizes = {"widths": [8] * levels, "blocks": 1, "groups": 4}
-        config = {
-            "kind": "tokenizer",
-            "options": {
-                "name": "composed",
-                "preprocessing": {"image_size": IMAGE_SIZE},
-                "encoder": {"name": "cnn", **sizes},
-                "quantizer": {"name": "vq", "dim": 8, "codebook_size": CODES},
-                "decoder": {"name": "cnn", **sizes},
-            },
-        }
-        path = self.folder / f"tokenizer-{grid}"
+        options = {"name": "composed", "preprocessing": {"image_size": IMAGE_SIZE}, **networks, "quantizer": quantizer}
+        path = self.folder / name
         if not path.exists():
             torch.manual_seed(0)
-            Tokenizer.from_config(config).save_pretrained(path)
+            Tokenizer.from_config({"kind": "tokenizer", "options": options}).save_pretrained(path)
         return str(path)
 
     def text_encoder(self) -> str:
@@ -126,6 +141,18 @@ class RandomNetworks:
             with atomic_write(path) as file:
                 torch.save(tensors, file)
         return str(path)
+
+
+def small_scales(scales: Sequence[Sequence[int]]) -> list[list[int]]:
+    """As many scales, in the same order, up to a grid of 2 x 2."""
+    last = max(scales[-1])
+    return [[max(1, 2 * side // last) for side in scale] for scale in scales]
+
+
+def _convolutions(grid: int) -> Data:
+    """An encoder and a decoder with a latent of `grid` x `grid`."""
+    sizes = {"widths": [8] * round(math.log2(IMAGE_SIZE / grid)), "blocks": 1, "groups": 4}
+    return {part: {"name": "cnn", **sizes} for part in ("encoder", "decoder")}
 
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

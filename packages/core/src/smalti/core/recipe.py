@@ -17,7 +17,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -39,6 +39,7 @@ from smalti.core.options import (
 )
 from smalti.core.overrides import apply_override
 from smalti.core.plugins import registry
+from smalti.core.published_tokenizer import PublishedTokenizerOptions
 from smalti.core.sampling_settings import SamplingSettings
 from smalti.core.training.options import GeneratorTraining, TokenizerTraining
 
@@ -79,7 +80,7 @@ class TrainSection(Options):
     """How the models are trained, each where the recipe has it.
 
     Args:
-        tokenizer: with `tokenizer`.
+        tokenizer: with `tokenizer`, unless that is a published one.
         autoencoder: with `autoencoder`.
         generator: with `generator`; without, the recipe ends with the tokenizer.
     """
@@ -118,16 +119,22 @@ class TokenizeSection(Options):
 
 
 class SampleSection(SamplingSettings):
-    """How many images are drawn, and how.
+    """How many images are drawn, of which classes, and how.
 
     Args:
-        count: images; sample i is of class i modulo the number of classes.
-        batch_size: images drawn at once.
-        grid_columns: images of one class in the PNG grid.
+        classes: numbers or names; sample i is of class i modulo how many these are. None listed are all.
+        count: images.
+        per_class: images of each class, in the place of `count`; 0 goes by that.
+        batch_size: images drawn at once; None takes 64, halved until the predicted peak of memory fits.
+        files: also write every image as a file of this kind, to `images/CLASS/NUMBER`.
+        grid_columns: images of one class in the PNG grid, which shows the first 20 classes.
     """
 
+    classes: tuple[int | str, ...] = ()
     count: Annotated[int, Field(ge=1)] = 50_000
-    batch_size: Annotated[int, Field(ge=1)] = 64
+    per_class: Annotated[int, Field(ge=0)] = 0
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    files: Literal["png", "webp"] | None = None
     grid_columns: Annotated[int, Field(ge=1)] = 10
 
 
@@ -175,7 +182,14 @@ class Recipe(Options):
     def _whole(self) -> Self:
         if (self.tokenizer is None) == (self.autoencoder is None):
             raise PydanticCustomError("missing", "a recipe needs a tokenizer or an autoencoder: give one of them")
+        published = isinstance(self.tokenizer, PublishedTokenizerOptions)
+        if published and self.train.tokenizer is not None:
+            raise PydanticCustomError(
+                "missing", "a published tokenizer is not trained: leave train.tokenizer out, or train one from its start"
+            )
         for name in ("tokenizer", "autoencoder", "generator"):
+            if published and name == "tokenizer":
+                continue
             if (getattr(self, name) is None) != (getattr(self.train, name) is None):
                 raise PydanticCustomError(
                     "missing", "{name} and train.{name} belong together: give both or neither", {"name": name}

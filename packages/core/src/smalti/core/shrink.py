@@ -13,9 +13,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from smalti.core.checkpoints.zoo import zoo
 from smalti.core.errors import UserError
 from smalti.core.options import sentences
-from smalti.core.random_networks import CODES, DEPTH, IMAGE_SIZE, TEXT_TOKENS, WIDTH, RandomNetworks
+from smalti.core.published_tokenizer import PublishedTokenizerOptions
+from smalti.core.random_networks import CODES, DEPTH, IMAGE_SIZE, TEXT_TOKENS, WIDTH, RandomNetworks, small_scales
 from smalti.core.recipe import Recipe
 
 Data = dict[str, Any]
@@ -26,11 +28,12 @@ STEPS = 4
 # Numbers that are sizes wherever they stand in the tokenizer, the generator or the evaluation: the largest allowed.
 LARGEST = {
     **dict.fromkeys(("layers", "depth", "adapter_depth"), DEPTH),
-    **dict.fromkeys(("dim", "width", "mlp_width", "text_width"), WIDTH),
+    **dict.fromkeys(("dim", "width", "mlp_width", "ffn_dim", "text_width"), WIDTH),
     **dict.fromkeys(("heads", "adapter_heads", "blocks"), 1),
     **dict.fromkeys(("codebook_size", "codes"), CODES),
     **dict.fromkeys(("tokens", "latents"), 4),
     "text_tokens": TEXT_TOKENS,
+    **dict.fromkeys(("random_until", "raster_from"), 1),
 }
 # Updates at which something begins or ends: after the first one, so that both sides of it are seen.
 MOMENTS = (
@@ -58,13 +61,18 @@ def shrunk(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Recipe:
     content["checkpoint"], content["figures"] = None, None
     _data(content["data"], recipe, say)
     kind = "tokenizer" if recipe.tokenizer is not None else "autoencoder"
-    _tokenizer(content[kind], random)
+    if isinstance(recipe.tokenizer, PublishedTokenizerOptions):
+        known = zoo().get(recipe.tokenizer.source)
+        content[kind]["source"] = random.published(known.tokens if known else None)
+        content[kind]["preprocessing"]["image_size"] = IMAGE_SIZE
+    else:
+        _tokenizer(content[kind], random)
+        _training(content["train"][kind], content[kind], random)
     if content["generator"] is not None:
         _capped(content["generator"])
-    _training(content["train"][kind], content[kind], random)
     if content["train"]["generator"] is not None:
         _optimization(content["train"]["generator"])
-    for name, sizes in (("tokenize", {"batch_size": 100}), ("sample", {"count": 20, "batch_size": 10})):
+    for name, sizes in (("tokenize", {"batch_size": 100}), ("sample", {"classes": [], "count": 20, "per_class": 0, "batch_size": 10})):
         if content[name] is not None:
             content[name].update(sizes)
     if isinstance(classifier := (content["evaluate"] or {}).get("classifier"), dict):
@@ -152,7 +160,7 @@ def _quantizer(quantizer: Data, tokenizer: Data) -> None:
             if isinstance(part.get(name), int):
                 part[name] = min(part[name], CODES)
         if isinstance(part.get("scales"), list):
-            part["scales"] = _scales(part["scales"])
+            part["scales"] = small_scales(part["scales"])
         _moved(part)
 
 
@@ -170,12 +178,6 @@ def _parts(quantizer: Data) -> list[Data]:
     inner = [quantizer.get("quantizer"), *(quantizer.get("quantizers") or [])]
     found = [part for part in inner if isinstance(part, dict)]
     return [*found, *(part for each in found for part in _parts(each))]
-
-
-def _scales(scales: list[Any]) -> list[Any]:
-    """As many scales, in the same order, up to a grid of 2 x 2."""
-    last = max(scales[-1])
-    return [[max(1, 2 * side // last) for side in scale] for scale in scales]
 
 
 def _training(training: Data, tokenizer: Data, random: RandomNetworks) -> None:

@@ -102,6 +102,7 @@ class AR(Generator):
 
     def __init__(self, options: AROptions, layout: TokenLayout, classes: int) -> None:
         super().__init__(options, layout, classes)
+        self.labelled = options.captions is None
         if options.shared_classes and classes > layout.vocab[0]:
             raise UserError(f"shared classes are codes: {classes} classes need a codebook of as many, not {layout}")
         dim, architecture = options.dim, options.architecture(options.layers)
