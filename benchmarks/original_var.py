@@ -12,9 +12,9 @@ import math
 
 import torch
 import torch.nn.functional as F
+from plain import PlainVQGAN
 from torch import Tensor, nn
 
-from smalti.core.tokenizer import ComposedTokenizer
 from smalti.generation.var import VAR
 
 
@@ -57,10 +57,10 @@ def drawn(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 @torch.inference_mode()
 def sample_var(
-    model: VAR, tokenizer: ComposedTokenizer, labels: Tensor, guidance: float, top_k: int, top_p: float
+    model: VAR, decoder: PlainVQGAN, labels: Tensor, guidance: float, top_k: int, top_p: float
 ) -> tuple[Tensor, Tensor]:
     """Tokens `(B, L)` and images, guided by 1 + `guidance` times the share of the scales that are done."""
-    quantizer, areas = tokenizer.quantizer, model.areas
+    quantizer, areas = model.quantizer, model.areas
     codebook, sides = quantizer.units[0].codebook, quantizer.options.scales
     blocks = [OriginalBlock(block) for block in model.transformer.blocks]
     condition = model.condition.table(torch.cat([labels, torch.full_like(labels, model.classes)]))[:, None]
@@ -85,5 +85,4 @@ def sample_var(
             reduced = F.interpolate(total, sides[scale + 1], mode="area").flatten(2).transpose(1, 2)
             words = F.linear(reduced, model.inputs.words.weight, model.inputs.words.bias) + places[scale + 1]
             x = torch.cat([words, words])
-    images = tokenizer.decoder(tokenizer.from_codes(total.movedim(1, -1)))
-    return torch.cat(tokens, 1), images.clamp(-1, 1)
+    return torch.cat(tokens, 1), decoder.decode(total).clamp(-1, 1)

@@ -12,6 +12,7 @@ from smalti.core.backbones.cnn import CNNDecoderOptions, CNNEncoderOptions
 from smalti.core.errors import UserError
 from smalti.core.layout import TokenLayout
 from smalti.core.options import Preprocessing
+from smalti.core.sampling_settings import SamplingSettings
 from smalti.core.testing import GeneratorContract, QuantizerContract, TokenizerContract
 from smalti.core.tokenizer import ComposedOptions
 
@@ -41,6 +42,19 @@ class TestToyQuantizer(QuantizerContract):
 class TestToyGenerator(GeneratorContract):
     options = TableOptions()
     unsupported = TokenLayout.grid(2, 2, (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("layout", "steps"),
+    [
+        (TokenLayout.grid(2, 2, (4,)), [0, 1, 2, 3]),
+        (TokenLayout.scales(((1, 1), (1, 2), (2, 2)), (4,)), [0, 1, 1, 2, 2, 2, 2]),
+    ],
+    ids=str,
+)
+def test_by_default_positions_or_scales_come_one_after_the_other(layout, steps):
+    _, found = TableOptions().build(layout, 3).sample_traced(torch.arange(3), SamplingSettings())
+    assert found.tolist() == [steps] * 3
 
 
 def test_layout_follows_the_image():

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from smalti.core.checkpoints.importing import (
@@ -22,9 +21,9 @@ from smalti.core.checkpoints.importing import (
 from smalti.core.checkpoints.zoo import zoo
 from smalti.core.contracts import Generator
 from smalti.core.errors import UserError
-from smalti.core.files import write_json
 from smalti.core.layout import TokenLayout
 from smalti.core.testing.parity import fill_state_dict
+from smalti.generation.layouts.titok_maskgit import TiTokMaskGIT
 
 Case = Callable[[str], dict[str, Any]]
 
@@ -116,11 +115,10 @@ def test_rows_that_are_not_read_go_out_as_zeros(load_case: Case, name: str) -> N
     assert all(torch.equal(one, other) for one, other in zip(again.parameters(), module.parameters(), strict=True))
 
 
-def test_titok_tells_its_heads(load_case: Case, tmp_path: Path) -> None:
-    published = weights_of(load_case("titok-maskgit-uvit-reduced"))
-    save_file(published, tmp_path / "model.safetensors")
-    write_json(tmp_path / "config.json", {"model": {"generator": {"num_attention_heads": 8}}})
-    assert import_checkpoint(tmp_path).options.heads == 8
+def test_titok_tells_its_heads() -> None:
+    published = {"model": {"generator": {"num_attention_heads": 8}, "vq_model": {}}}
+    assert TiTokMaskGIT().overrides(published) == ["heads=8"]
+    assert TiTokMaskGIT().overrides({}) == []
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def plain_logits(model: RAR, tokens: Tensor, label: int, order: list[int]) -> Te
 
 
 def test_values_and_gradients_are_those_of_the_plain_twin(build: Build) -> None:
-    model = build().double()
+    model = build(TokenLayout.grid(2, 2, (16,)), dim=16, heads=2).double()
     tokens, labels, orders = tokens_of(model, 2), torch.tensor([4, 1]), orders_of(model, 2)
     (logits,) = model.logits(tokens, labels, orders)
     plain = torch.stack([plain_logits(model, tokens[b], int(labels[b]), orders[b].tolist()) for b in range(2)])
