@@ -164,9 +164,10 @@ def test_nothing_that_is_registered_is_left_out(kind: str) -> None:
             return inner | ({config["name"]} if "name" in config else set())
         return set()
 
-    # These start from weights of others, and are what `titok` is afterwards, or stand in tests of their own in core.
+    # These start from weights of others, and are what `titok` is afterwards, or load another tokenizer,
+    # or stand in tests of their own in core.
     pretrained = {"pretrained-titok", "timm", "transformers"}
-    elsewhere = {"cnn", "example-patches"}
+    elsewhere = {"cnn", "example-patches", "published"}
     covered = set().union(*(names(config) for config in SYSTEMS.values()))
     assert set(registry().names(kind)) <= covered | pretrained | elsewhere
 

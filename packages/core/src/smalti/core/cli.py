@@ -6,8 +6,9 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from smalti.core.progress import Reporter
     from smalti.core.recipe import Recipe
     from smalti.core.run_folder import RunFolder
+    from smalti.core.stage import Context
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="smalti",
@@ -84,8 +88,46 @@ _add_command(train, "tokenizer", "Train the recipe's tokenizer on its images.", 
 _add_command(train, "autoencoder", "Train the recipe's autoencoder on its images.", "train-autoencoder")
 _add_command(app, "tokenize", "Turn the training images into token shards.", "tokenize")
 _add_command(train, "generator", "Train the recipe's generator on the token shards.", "train-generator")
-_add_command(app, "sample", "Draw images of all classes.", "sample")
 _add_command(app, "evaluate", "Measure reconstructions and samples, and write the report.", "evaluate")
+
+
+@app.command()
+def sample(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="As for `run`; none with --generator and --tokenizer.")
+    ] = None,
+    overrides: Overrides = None,
+    out: Out = None,
+    device: Device = "auto",
+    seed: Seed = None,
+    force: Force = False,
+    shrink: Shrink = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Also write trace.gif: the order in which tokens appear.")
+    ] = False,
+    generator: Annotated[
+        str | None, typer.Option(help="A folder, a name of the zoo, or a hub repository, without a recipe.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="The same.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(metavar="CLASS,...", help="Which, by number or name.", show_default="all")
+    ] = None,
+) -> None:
+    """Draw images of classes: a PNG grid, an .npz, and files where asked for."""
+    if (generator is None) != (tokenizer is None):
+        raise UserError("sample: --generator and --tokenizer belong together: give both, or a recipe")
+    if generator is not None and tokenizer is not None:
+        changes = [*([recipe] if recipe else []), *(overrides or [])]
+        if out is None:
+            raise UserError("sample: without a recipe --out is needed, the folder for the samples")
+        _interruptible(
+            lambda: _sample_pretrained(generator, tokenizer, classes or "", changes, out, device, seed or 0, trace)
+        )
+        return
+    if recipe is None:
+        raise UserError("sample: give a recipe or a run folder, or --generator and --tokenizer")
+    changes = [*(overrides or []), *([f"sample.classes=[{classes}]"] if classes else [])]
+    _run(recipe, changes, out, device, seed, force=force, shrink=shrink, stage="sample", then=_trace if trace else None)
 
 
 @app.command()
@@ -182,10 +224,20 @@ def _run(
     force: bool,
     shrink: bool = False,
     stage: str | None = None,
+    then: Callable[[Context], None] | None = None,
 ) -> Path | None:
-    """Run one stage of a recipe, or all of them; return the run folder, on the first process only."""
+    """Run one stage of a recipe, or all of them; return the run folder, on the first process only.
+
+    `then` is what the first process does afterwards.
+    """
+    return _interruptible(
+        lambda: _run_stages(source, overrides, out, device, seed, force=force, shrink=shrink, stage=stage, then=then)
+    )
+
+
+def _interruptible(work: Callable[[], T]) -> T:
     try:
-        return _run_stages(source, overrides, out, device, seed, force=force, shrink=shrink, stage=stage)
+        return work()
     except KeyboardInterrupt:
         print("smalti: interrupted; the same command goes on from here", file=sys.stderr)  # noqa: T201
         raise typer.Exit(130) from None
@@ -201,6 +253,7 @@ def _run_stages(
     force: bool,
     shrink: bool,
     stage: str | None,
+    then: Callable[[Context], None] | None,
 ) -> Path | None:
     from smalti.core.recipe import load_recipe
     from smalti.core.run_folder import RunFolder
@@ -229,6 +282,8 @@ def _run_stages(
             distributed.barrier()
             context = Context(folder, recipe, device, reporter)
             Pipeline(context).run([stage] if stage else None)
+            if then is not None and first:
+                then(context)
         return out if first else None
     finally:
         distributed.finish()
@@ -244,6 +299,21 @@ def _shrunk(recipe: Recipe, folder: RunFolder, reporter: Reporter) -> Recipe:
             recipe_of_rank = shrunk(recipe, folder.state / "random", reporter.say)
         distributed.barrier()
     return recipe_of_rank
+
+
+def _trace(context: Context) -> None:
+    from smalti.core.sampling_trace import save_trace
+    from smalti.core.stages.sample import Sample
+
+    save_trace(Sample(context).sampling(), context.run / "samples" / "trace.gif")
+
+
+def _sample_pretrained(
+    generator: str, tokenizer: str, classes: str, changes: list[str], out: Path, device: str, seed: int, trace: bool
+) -> None:
+    from smalti.core.sampling_pretrained import sample_pretrained, section
+
+    sample_pretrained(generator, tokenizer, section(classes, changes), out, device, seed=seed, trace=trace)
 
 
 def main() -> None:

@@ -185,7 +185,8 @@ class Recipe(Options):
         published = isinstance(self.tokenizer, PublishedTokenizerOptions)
         if published and self.train.tokenizer is not None:
             raise PydanticCustomError(
-                "missing", "a published tokenizer is not trained: leave train.tokenizer out, or train one from its start"
+                "missing",
+                "a published tokenizer is not trained: leave train.tokenizer out, or train one from its start",
             )
         for name in ("tokenizer", "autoencoder", "generator"):
             if published and name == "tokenizer":

@@ -149,7 +149,7 @@ class SamplingRun:
             path = self.folder / "images" / self._class_folder(index) / f"{index:0{digits}d}.{kind}"
             with disk_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image).save(path, **({"lossless": True} if kind == "webp" else {}))
+                Image.fromarray(image).save(path, lossless=True)  # PNG files, which are so anyway, do not read it
 
     def _class_folder(self, index: int) -> str:
         label = self.labels[index % len(self.labels)]
@@ -211,7 +211,9 @@ def enlarged(pixels: int) -> int:
 def _label(wanted: int | str, classes: int, names: Sequence[str]) -> int:
     if isinstance(wanted, int):
         if not 0 <= wanted < classes:
-            raise UserError(f"sample.classes: {wanted} is out of range: there are {classes} classes, 0 to {classes - 1}")
+            raise UserError(
+                f"sample.classes: {wanted} is out of range: there are {classes} classes, 0 to {classes - 1}"
+            )
         return wanted
     if not names:
         raise UserError(
@@ -221,7 +223,7 @@ def _label(wanted: int | str, classes: int, names: Sequence[str]) -> int:
     if wanted in names:
         return list(names).index(wanted)
     lower: dict[str, str] = {name.lower(): name for name in names}
-    close = [lower[name] for name in difflib.get_close_matches(wanted.lower(), lower, n=3, cutoff=0.5)]
+    close = [lower[name] for name in difflib.get_close_matches(wanted.lower(), lower, n=3, cutoff=0.6)]
     told = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {_some(names)}"
     raise UserError(f"sample.classes: no class is called {wanted!r}; {told}")
 

@@ -44,7 +44,9 @@ def save_trace(run: SamplingRun, path: Path) -> None:
     check_labelled(run.generator)
     indices = torch.arange(min(IMAGES, run.count), device=run.device)
     tokens, steps = run.generator.sample_traced(run.labels_of(indices), run.settings, indices)
-    frames = [grid(images, min(COLUMNS, len(images)), enlarged(images.shape[1])) for images in pictures(run, tokens, steps)]
+    frames = [
+        grid(images, min(COLUMNS, len(images)), enlarged(images.shape[1])) for images in pictures(run, tokens, steps)
+    ]
     write_bytes(path, _gif(frames))
 
 

@@ -72,7 +72,10 @@ def shrunk(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Recipe:
         _capped(content["generator"])
     if content["train"]["generator"] is not None:
         _optimization(content["train"]["generator"])
-    for name, sizes in (("tokenize", {"batch_size": 100}), ("sample", {"classes": [], "count": 20, "per_class": 0, "batch_size": 10})):
+    for name, sizes in (
+        ("tokenize", {"batch_size": 100}),
+        ("sample", {"classes": [], "count": 20, "per_class": 0, "batch_size": 10}),
+    ):
         if content[name] is not None:
             content[name].update(sizes)
     if isinstance(classifier := (content["evaluate"] or {}).get("classifier"), dict):
@@ -120,6 +123,8 @@ def _tokenizer(tokenizer: Data, random: RandomNetworks) -> None:
             _network(tokenizer[part], scale, random)
     if isinstance(tokenizer.get("quantizer"), dict):
         _quantizer(tokenizer["quantizer"], tokenizer)
+    if tokenizer["name"] == "gaussiantoken" and "widths" in tokenizer["decoder"]:
+        tokenizer["quantizer"]["dim"] = tokenizer["decoder"]["widths"][-1]  # what Gaussians carry is decoded
 
 
 def _network(network: Data, scale: float, random: RandomNetworks) -> None:

@@ -1,0 +1,122 @@
+"""`smalti sample --generator ... --tokenizer ...`: images from saved or published models, without a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from smalti.core import distributed
+from smalti.core.contracts import Generator, Tokenizer
+from smalti.core.errors import UserError
+from smalti.core.files import read_json, write_json
+from smalti.core.options import sentences
+from smalti.core.overrides import apply_override, differences
+from smalti.core.progress import Reporter
+from smalti.core.recipe import SampleSection
+from smalti.core.sampling_run import SamplingRun, chosen_classes
+from smalti.core.sampling_trace import save_trace
+from smalti.core.weights import fingerprint
+
+FOLDER_TELLS = "sampling.json"
+PER_CLASS = 4
+
+
+def section(classes: str, overrides: Sequence[str]) -> SampleSection:
+    """The options of a recipe's section `sample`.
+
+    Args:
+        classes: numbers with commas between them, or nothing for all.
+        overrides: `sample.top_k=100`; images of each class are 4 where neither `sample.count` nor `sample.per_class`
+            is given.
+
+    Raises:
+        UserError: a class that is no number; an option that there is not, or a wrong value.
+    """
+    content: dict[str, Any] = {"sample": {}}
+    for override in overrides:
+        if not override.startswith("sample."):
+            raise UserError(f"{override!r} is not of the section sample, the only one without a recipe")
+        apply_override(content, override)
+    given = content["sample"]
+    if classes:
+        given["classes"] = [int(each) if each.isdigit() else each for each in map(str.strip, classes.split(","))]
+    if "count" not in given:
+        given.setdefault("per_class", PER_CLASS)
+    try:
+        return SampleSection.model_validate(given)
+    except ValidationError as error:
+        raise UserError(sentences(error, "sample")) from None
+
+
+def sample_pretrained(
+    generator: str,
+    tokenizer: str,
+    options: SampleSection,
+    out: Path,
+    device: str,
+    *,
+    seed: int = 0,
+    trace: bool = False,
+) -> None:
+    """Draw images into a folder; the same call goes on where an earlier one was stopped.
+
+    Args:
+        generator: a folder, a name of the zoo, or a hub repository.
+        tokenizer: the same.
+        options: how many images, of which classes, and how.
+        out: the folder.
+        device: cpu, cuda, or auto.
+        seed: as a recipe's.
+        trace: also write `trace.gif`.
+
+    Raises:
+        UserError: models that do not belong together; a folder with other samples, or with something else.
+    """
+    device = distributed.device_name(device)
+    distributed.initialise(device)
+    try:
+        reporter = Reporter(quiet=distributed.rank() != 0)
+        run = _paired(generator, tokenizer, options, out, device, seed)
+        if _is_done(run):
+            reporter.say("sample: done before")
+        else:
+            run.draw(reporter)
+        if trace and distributed.rank() == 0:
+            save_trace(run, out / "trace.gif")
+    finally:
+        distributed.finish()
+
+
+def _paired(generator: str, tokenizer: str, options: SampleSection, out: Path, device: str, seed: int) -> SamplingRun:
+    decoder, model = Tokenizer.from_pretrained(tokenizer), Generator.from_pretrained(generator)
+    ours, theirs = model.token_layout, decoder.layout()
+    if (ours.kind, ours.vocab) != (theirs.kind, theirs.vocab):
+        raise UserError(f"{generator} and {tokenizer} do not belong together: {ours} there, {theirs} here")
+    model.attach(decoder)
+    labels = chosen_classes(options.classes, model.classes)
+    return SamplingRun(decoder.to(device), model.to(device).eval(), options, labels, out, device, seed)
+
+
+def _is_done(run: SamplingRun) -> bool:
+    """Whether the folder holds all of these samples; on the first process, it is made ready for them."""
+    path = run.folder / FOLDER_TELLS
+    done = (run.folder / "samples.npz").exists()
+    content = {
+        "generator": fingerprint(run.generator, run.generator.config()),
+        "tokenizer": fingerprint(run.tokenizer, run.tokenizer.config()),
+        "seed": run.seed,
+        "sample": run.options.model_dump(mode="json"),
+    }
+    if path.exists():
+        found = differences(read_json(path, "what samples were drawn"), content)
+        if found:
+            raise UserError(f"{run.folder} holds other samples ({'; '.join(found[:5])}): choose another with --out")
+    elif run.folder.exists() and any(run.folder.iterdir()):
+        raise UserError(f"{run.folder} is not empty and holds no samples: choose another with --out")
+    distributed.barrier()
+    if distributed.rank() == 0 and not path.exists():
+        write_json(path, content)
+    return done
