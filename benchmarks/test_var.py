@@ -82,9 +82,7 @@ def test_an_image(benchmark: BenchmarkFixture, pair: Pair, weights: str, batch: 
         expected = original(top_k=1)
         assert torch.equal(tokens, expected[0])
         torch.testing.assert_close(images, expected[1], atol=1e-3, rtol=0)
-    pairs = []
-    for _ in range(ROUNDS):
-        pairs.append((seconds(ours), seconds(original)))
+    pairs = [(seconds(ours), seconds(original)) for _ in range(ROUNDS)]
     benchmark.pedantic(ours, rounds=1)
     own, peer = map(min, zip(*pairs, strict=True))
     benchmark.extra_info["images per second"] = batch / own

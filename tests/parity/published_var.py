@@ -64,7 +64,11 @@ def filled(case: Case, parity: ModuleType) -> dict[str, Tensor]:
 
 
 def generator_overrides(left: dict[str, Any], layout: list[int]) -> list[str]:
-    return [override("layout.shape", [[side, side] for side in layout]), override("norm_eps", left.pop("norm_eps"))]
+    return [
+        override("layout.shape", [[side, side] for side in layout]),
+        override("norm_eps", left.pop("norm_eps")),
+        override("heads", left["num_heads"]),
+    ]
 
 
 def check_generator(model: VAR, left: dict[str, Any]) -> None:
@@ -112,9 +116,14 @@ def loaded(case: Case, parity: ModuleType, left: dict[str, Any]) -> tuple[VAR, C
     """VAR and its tokenizer, from two files."""
     scales, parts = left.pop("patch_nums"), left.pop("vae")
     assert parts.pop("v_patch_nums") == scales
-    assert not parts.pop("using_znorm")
+    cosine = parts.pop("using_znorm")
     size = scales[-1] * 2 ** (len(parts["ch_mult"]) - 1)
-    overrides = [override("quantizer.scales", scales), override("preprocessing.image_size", size)]
+    overrides = [
+        override("quantizer.scales", scales),
+        override("quantizer.quantizer.cosine", cosine),
+        override("quantizer.quantizer.unit_length", "search" if cosine else "all"),
+        override("preprocessing.image_size", size),
+    ]
     if ratio := parts.pop("quant_resi"):
         overrides.append(override("quantizer.phi_ratio", abs(ratio)))
     tokenizer = import_checkpoint(filled(below(case, "vae."), parity), "var-vqvae", overrides)
@@ -183,10 +192,10 @@ def product(case: Case, parity: ModuleType) -> Stages:
     assert isinstance(model, VAR)
     vit = "quantizer.quantizers.0"
     assert parts["v_patch_nums"] == scales
-    tokenizer = import_checkpoint(
-        filled(below(case, "vae_local."), parity),
-        overrides=[override(f"{vit}.scales", scales), override(f"{vit}.phi_ratio", abs(parts["quant_resi"]))],
-    )
+    parts_overrides = [override(f"{vit}.scales", scales)]
+    if parts["quant_resi"]:
+        parts_overrides.append(override(f"{vit}.phi_ratio", abs(parts["quant_resi"])))
+    tokenizer = import_checkpoint(filled(below(case, "vae_local."), parity), overrides=parts_overrides)
     assert isinstance(tokenizer, ComposedTokenizer)
     model.attach(tokenizer)
     check_generator(model, left)

@@ -70,7 +70,7 @@ def test_the_five_systems_and_the_others_are_there():
     assert len(counts["FQGAN", "tokenizer"]) == 4
     assert len(counts["LlamaGen", "tokenizer"]) == 3
     assert len(counts["LlamaGen", "generator"]) == 9
-    assert len(counts["VAR", "tokenizer"]) == 1
+    assert counts["VAR", "tokenizer"] == ["var-vqvae", "var-vqvae-512"]
     assert len(counts["VAR", "generator"]) == 5
     assert len(counts["TiTok", "tokenizer"]) == 6
     assert len(counts["TiTok", "autoencoder"]) == 3
