@@ -17,8 +17,8 @@ from smalti.core.sampling_settings import SamplingSettings
 PAGE = Path(__file__).parents[1] / "docs" / "matrix.md"
 INTRODUCTION = """# Tokenizers and generators
 
-Which generator takes the tokens of which tokenizer, in small: `tests/test_matrix.py` trains every pair for a few updates,
-samples and decodes, or checks the sentence with which the generator refuses, and writes this page.
+Which generator takes the tokens of which tokenizer, in small: `tests/test_matrix.py` trains every pair for a few
+updates, samples and decodes, or checks the sentence with which the generator refuses, and writes this page.
 
 """
 IMAGE = {"preprocessing": {"image_size": 16}}
@@ -81,10 +81,10 @@ TOKENIZERS = {
     "Gaussians (GaussianToken)": {
         "name": "gaussiantoken",
         **IMAGE,
-        "encoder": {**CNN, "widths": [8, 8]},
+        "encoder": CNN,
         "embed": {"gaussians": 9, "width": 32, "encoder": STACK, "attention": STACK},
-        "quantizer": {**VQ, "dim": 4},
-        "decoder": {**CNN, "widths": [8, 8]},
+        "quantizer": {**VQ, "dim": 8},
+        "decoder": CNN,
         "geometry_bits": 5,
     },
 }

@@ -200,3 +200,24 @@ def test_a_tiny_copy_says_what_it_is_not(tmp_path, monkeypatch):
     (tmp_path / "vgg16.pt").unlink()
     assert shrunk(load_recipe("titok-bl64-vq8k"), tmp_path, said.append) == copy
     assert (tmp_path / "vgg16.pt").read_bytes() == before
+
+
+def test_a_generator_of_scales_is_looked_at_scale_by_scale(images, tmp_path):
+    dataset = f"{{name: folder, path: {images}}}"
+    looks = "{every: 2, images: 4, batch_size: 2, pictures: 2}"
+    overrides = [f"data.train={dataset}", f"data.validation={dataset}", f"train.generator.validation={looks}"]
+    copy = shrunk(load_recipe("imagefolder-var-d17", [*overrides, "train.generator.steps=2"]), tmp_path, print)
+    run = RunFolder(tmp_path / "run")
+    with run.locked():
+        run.prepare(copy)
+        pipeline = Pipeline(Context(run, copy, "cpu", Reporter(quiet=True)))
+        pipeline.run(["train-tokenizer", "tokenize", "train-generator"])
+    found = run.metrics("train-generator")[-1]["validation"]["weights"]
+    scales = {f"scale_{scale}_{stream}" for scale in range(10) for stream in range(2)}
+    assert found.keys() == scales | {"cross_entropy_0", "cross_entropy_1"}
+    assert sorted(path.name for path in (run / "drawn").iterdir()) == ["00000002.png"]
+    sizes = torch.tensor([1, 1, 1, 1, 1, 1, 1, 1, 1, 4.0])
+    for stream in range(2):
+        parts = torch.tensor([found[f"scale_{scale}_{stream}"] for scale in range(10)])
+        mean = float((parts * sizes).sum() / sizes.sum())
+        assert found[f"cross_entropy_{stream}"] == pytest.approx(mean / 2, rel=1e-4)

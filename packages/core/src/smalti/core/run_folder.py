@@ -7,7 +7,7 @@ autoencoder/, autoencoder-best/   in their place, where the recipe trains an aut
 images/            held-out images beside their reconstructions, by step
 tokens/            token shards (tar) and layout.json
 generator/         as tokenizer/
-samples/           samples.npz (ADM's layout) and grid.png
+samples/           samples.npz (ADM's layout), grid.png, images/ and trace.gif where asked for
 evaluation/        the classifier, and what was measured in pieces
 metrics.jsonl      training curves
 tensorboard/       the same for TensorBoard, where the recipe asks for it

@@ -153,6 +153,11 @@ class _Allocations(TorchDispatchMode):
         self._live = 0
         self.peak = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and torch would import its compiler first, which takes seconds."""
+        return False
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, then count what is new of its results."""
         result = function(*args, **(kwargs or {}))

@@ -72,6 +72,8 @@ def shrunk(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Recipe:
         _capped(content["generator"])
     if content["train"]["generator"] is not None:
         _optimization(content["train"]["generator"])
+        if (looks := content["train"]["generator"]["validation"]) is not None:
+            looks |= {"every": 2, "images": BATCH, "batch_size": BATCH}
     for name, sizes in (
         ("tokenize", {"batch_size": 100}),
         ("sample", {"classes": [], "count": 20, "per_class": 0, "batch_size": 10}),

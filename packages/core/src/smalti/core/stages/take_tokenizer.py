@@ -11,7 +11,7 @@ class TakeTokenizer(Stage):
     """Fetches the recipe's published tokenizer; writes `tokenizer/`, as if it had been trained."""
 
     name = "train-tokenizer"
-    sections = ("tokenizer",)
+    sections = ("data", "tokenizer")
     after = ()
     outputs = ("tokenizer",)
 

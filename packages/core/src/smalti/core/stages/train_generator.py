@@ -11,6 +11,7 @@ from smalti.core.data.token_shards import read_token_shards
 from smalti.core.files import write_json
 from smalti.core.noise import mixed_seed
 from smalti.core.stage import Stage
+from smalti.core.training.generator_validator import PICTURES, GeneratorValidator
 from smalti.core.training.loop import micro_batch, train
 from smalti.core.training.sharding import whole
 from smalti.core.training.tasks import GeneratorTask
@@ -18,12 +19,12 @@ from smalti.core.weights import fingerprint
 
 
 class TrainGenerator(Stage):
-    """Trains the recipe's generator; writes `generator/`."""
+    """Trains the recipe's generator; writes `generator/`, and with validation `drawn/`."""
 
     name = "train-generator"
     sections = ("seed", "generator", "train.generator")
     after = ("tokenize",)
-    outputs = ("generator",)
+    outputs = ("generator", PICTURES)
 
     def run(self) -> None:
         """Train, from the last checkpoint if there is one."""
@@ -44,7 +45,18 @@ class TrainGenerator(Stage):
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )
-        averaged = train(GeneratorTask(generator), batches, options, stage=self.name, context=context)
+        task = GeneratorTask(generator)
+        if options.validation is not None:
+            task.validator = GeneratorValidator(
+                options.validation,
+                generator,
+                tokenizer,
+                recipe.data.validation.build(),
+                run=context.run,
+                reporter=context.reporter,
+                max_undecodable=recipe.data.max_undecodable,
+            )
+        averaged = train(task, batches, options, stage=self.name, context=context)
         weights = whole(generator.state_dict())
         if distributed.rank() == 0:
             generator.save_pretrained(context.run / "generator", averaged, weights)

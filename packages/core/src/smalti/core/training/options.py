@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from smalti.core.options import DiscriminatorOptions, FeaturesOptions, LossOptions, Options, Slot
+from smalti.core.sampling_settings import SamplingSettings
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Steps = Annotated[int, Field(ge=0)]
@@ -307,5 +308,30 @@ class TokenizerTraining(Optimization):
     validation: Validation | None = None
 
 
+class GeneratorValidation(Options):
+    """A look at held-out images in the midst of training, with the weights as they are and with the averaged ones.
+
+    Args:
+        every: updates from one to the next.
+        images: so many, the first of the recipe's `data.validation`, whose losses are measured.
+        batch_size: of them at once.
+        pictures: so many samples are shown, in `drawn/` and by trackers; sample i is of class i modulo the number of
+            classes; 0 for none.
+        sampling: of these samples.
+    """
+
+    every: Annotated[int, Field(ge=1)] = 5000
+    images: Annotated[int, Field(ge=1)] = 256
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    pictures: Annotated[int, Field(ge=0)] = 10
+    sampling: SamplingSettings = SamplingSettings()
+
+
 class GeneratorTraining(Optimization):
-    """How a generator is trained; its loss is its own."""
+    """How a generator is trained; its loss is its own.
+
+    Args:
+        validation: in the midst of training.
+    """
+
+    validation: GeneratorValidation | None = None

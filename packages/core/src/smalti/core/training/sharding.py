@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import register_dataclass, tree_map_only
 
 from smalti.core import distributed
-from smalti.core.contracts import Quantizer, Tokenizer, TokenizerOutput
+from smalti.core.contracts import Generator, Quantizer, Tokenizer, TokenizerOutput
 from smalti.core.training.activations import blocks
 
 Tree = TypeVar("Tree")
@@ -41,9 +41,11 @@ def shard(model: nn.Module, device: torch.device, kept: Iterable[nn.Parameter] =
     for block in blocks(model):
         fully_shard(block, mesh=mesh, ignored_params=whole_ones)
     fully_shard(model, mesh=mesh, ignored_params=whole_ones)
-    if isinstance(model, Tokenizer):  # which validation calls
-        register_fsdp_forward_method(model, "encode")
-        register_fsdp_forward_method(model, "decode")
+    called_by_validation = {Tokenizer: ("encode", "decode"), Generator: ("sample", "logits")}
+    for kind, methods in called_by_validation.items():
+        for method in methods:
+            if isinstance(model, kind) and hasattr(model, method):
+                register_fsdp_forward_method(model, method)
 
 
 def average_whole(gradients: Iterable[Tensor]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from smalti.core.training.generator_validator import GeneratorValidator
 from smalti.core.training.options import Optimization
 from smalti.core.training.token_health import TokenHealth
 from smalti.core.training.validator import Validator
@@ -46,7 +47,7 @@ class Task(ABC):
     learning_rates: Mapping[str, float] = {}
     first_steps: Mapping[str, int] = {}
     health: TokenHealth | None = None
-    validator: Validator | None = None
+    validator: Validator | GeneratorValidator | None = None
     whole: Sequence[nn.Parameter] = ()
     loss_scale: float = 1.0
 
