@@ -41,6 +41,7 @@ KINDS = (
     "metric",
     "checkpoint",
     "stage",
+    "command",
     "recipes",
     "zoo",
 )
@@ -56,8 +57,8 @@ class Component:
     Args:
         kind: one of `KINDS`.
         name: unique within its kind; what recipes and commands call it.
-        target: `module:attribute`, imported on use: the options class; for the kinds `recipes` and `zoo` a module
-            whose folder holds YAML files.
+        target: `module:attribute`, imported on use: the options class; for the kind `command` a function with
+            typer's annotations; for the kinds `recipes` and `zoo` a module whose folder holds YAML files.
         summary: one line for `smalti plugins`.
     """
 

@@ -18,7 +18,7 @@ from smalti.core.data.images import save_grid, to_uint8
 from smalti.core.errors import UserError
 from smalti.core.files import atomic_write, read_json, write_bytes
 from smalti.core.noise import mixed_seed
-from smalti.core.recipe import SampleSection
+from smalti.core.recipe import Recipe, SampleSection
 from smalti.core.sampling_settings import SamplingSettings
 from smalti.core.stage import Stage
 from smalti.core.weights import fingerprint
@@ -51,10 +51,7 @@ class Sample(Stage):
         tokenizer = Tokenizer.from_pretrained(context.run / "tokenizer").to(context.device)
         generator = Generator.from_pretrained(context.run / "generator").to(context.device)
         self._check_pair(tokenizer)
-        settings = SamplingSettings(
-            **options.model_dump(include=set(SamplingSettings.model_fields) - {"seed"}),
-            seed=mixed_seed(context.recipe.seed, self.name, options.seed),
-        )
+        settings = sampling_settings(context.recipe)
         own = range(distributed.rank(), -(-options.count // options.batch_size), distributed.world_size())
         missing = [chunk for chunk in own if not self._chunk(chunk).exists()]
         total = sum(len(self._indices(chunk)) for chunk in own)
@@ -62,8 +59,7 @@ class Sample(Stage):
         with context.reporter.progress(self.name, total, done, "image") as advance, torch.inference_mode():
             for chunk in missing:
                 indices = self._indices(chunk).to(context.device)
-                tokens = generator.sample(indices % generator.classes, settings, indices)
-                images = to_uint8(tokenizer.decode(tokens, generator.token_layout))
+                images = draw(generator, tokenizer, indices, settings)
                 write_bytes(self._chunk(chunk), _npy(images.cpu().numpy()))
                 advance(len(images))
         distributed.barrier()
@@ -110,6 +106,22 @@ class Sample(Stage):
             images = np.stack([np.load(chunks[index // size], mmap_mode="r")[index % size] for index in wanted])
             save_grid(folder / "grid.png", images, columns, scale=max(1, VISIBLE // images.shape[1]))
         shutil.rmtree(folder / "chunks")
+
+
+def sampling_settings(recipe: Recipe) -> SamplingSettings:
+    """How the samples of a run are drawn."""
+    options = recipe.sample
+    assert options is not None, "the pipeline leaves this stage out"
+    return SamplingSettings(
+        **options.model_dump(include=set(SamplingSettings.model_fields) - {"seed"}),
+        seed=mixed_seed(recipe.seed, Sample.name, options.seed),
+    )
+
+
+def draw(generator: Generator, tokenizer: Tokenizer, indices: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
+    """The samples numbered `indices` `(N,)`, of all classes in turn, as images uint8 `(N, H, W, 3)`."""
+    tokens = generator.sample(indices % generator.classes, settings, indices)
+    return to_uint8(tokenizer.decode(tokens, generator.token_layout))
 
 
 def _npy(array: NDArray[Any]) -> bytes:
