@@ -15,7 +15,7 @@ nox.options.sessions = ["lint", "types", "tests", "packages"]
 
 PACKAGES = ("core", "quant", "gaussian", "generation", "eval")
 # What a distribution's own tests need beside pytest: extras of core that the package does not require itself.
-EXTRAS = {"core": "[arrow,pretrained,train,turbo,test]", "eval": "[pipeline]", "gaussian": "[cpu,fit]"}
+EXTRAS = {"core": "[arrow,pretrained,train,turbo,test]", "eval": "[pipeline,pretrained]", "gaussian": "[cpu,fit]"}
 # Trackers with many dependencies of their own, which no test needs.
 WITHOUT = ("--no-extra", "trackio", "--no-extra", "wandb")
 TEST_NEEDS = ("pytest>=8.3", "hypothesis>=6.100", "pytest-benchmark>=5.1")

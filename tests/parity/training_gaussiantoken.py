@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from smalti.core.training.ema import EMA
 from smalti.core.training.options import Optimization
 from smalti.core.training.schedule import multiplier
-from smalti.eval.frechet import GaussianStatistics, frechet_distance
-from smalti.eval.pairwise import pooled_psnr, psnr, ssim
 from smalti.gaussian.gaussiantoken.falling_bound import FallingBound
 
 Stages = dict[str, Tensor]
@@ -81,28 +79,4 @@ def _bounds(final: float, config: dict[str, float]) -> Tensor:
     return torch.stack(found)
 
 
-def metrics(case: Case, parity: ModuleType) -> Stages:
-    """The figures of the evaluation script, on 8 bits by truncation, and those of validation in training."""
-    known(case["config"])
-    inputs = parity.fill_case_inputs(case)
-    shares = torch.tensor([0.02, 0.1, 0.3, 0.6, 1.2]).view(-1, 1, 1, 1)
-    made = inputs["image"] + shares * (inputs["noise"] - inputs["image"])
-    images, references = (value.clamp(-1, 1) for value in (made, inputs["image"]))
-    bytes_made, bytes_given = ((255 * (value + 1) / 2).floor().byte() for value in (images, references))
-    first, second = GaussianStatistics(), GaussianStatistics()
-    first.update(inputs["features_a"].double())
-    moved = 1.3 * inputs["features_b"].double() + 0.2
-    moved[:, 0] += moved[:, 1]
-    second.update(moved)
-    shift = (first.mean - second.mean).square().sum()
-    return {
-        "ssim": ssim(bytes_made, bytes_given, window="uniform"),
-        "psnr": torch.cat([pooled_psnr(bytes_made, bytes_given)[None], psnr(bytes_made, bytes_given)]),
-        "frechet": torch.stack(
-            [torch.tensor(frechet_distance(first, second)).double(), shift, second.covariance.trace()]
-        ),
-        "validation": torch.stack([ssim(images, references).mean(), pooled_psnr(images, references)]),
-    }
-
-
-RUNNERS = {"gaussiantoken-schedules": schedules, "gaussiantoken-metrics": metrics}
+RUNNERS = {"gaussiantoken-schedules": schedules}

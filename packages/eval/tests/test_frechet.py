@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalti.core.errors import UserError
-from smalti.eval.frechet import GaussianStatistics, frechet_distance
+from smalti.eval.frechet import GaussianStatistics, frechet_distance, frechet_distance_of_rows
 
 
 class Given(NamedTuple):
@@ -121,7 +121,7 @@ def test_one_dimension():
 @pytest.mark.parametrize(
     ("action", "sentence"),
     [
-        (lambda: GaussianStatistics().update(torch.zeros(3)), "features must be (B, D), got (3,)"),
+        (lambda: GaussianStatistics().update(torch.zeros(3)), "features must be float (B, D), got torch.float32 (3,)"),
         (lambda: GaussianStatistics().mean, "a mean needs at least one feature vector, got none"),
         (lambda: statistics_of(torch.zeros(1, 2)).covariance, "a covariance needs at least 2 feature vectors, got 1"),
         (
@@ -142,3 +142,44 @@ def test_what_cannot_be_computed_is_refused(action, sentence):
     with pytest.raises(UserError) as error:
         action()
     assert str(error.value) == sentence
+
+
+def test_rows_give_the_same_without_square_matrices():
+    a, b = normal(30, 50), 1.4 * normal(25, 50, seed=1) + 0.2
+    expected = frechet_distance(statistics_of(a), statistics_of(b))
+    assert frechet_distance_of_rows(a.float(), b.float()) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance_of_rows(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance_of_rows(a, a) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("decades", [0, 8, 16])
+def test_identical_sets_are_at_distance_zero(decades):
+    features = normal(400, 128) * torch.logspace(1, 1 - decades / 2, 128, dtype=torch.float64) @ orthogonal(128)
+    assert frechet_distance(statistics_of(features), statistics_of(features.flip(0))) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("decades", [8, 12, 16])
+def test_ill_conditioned_covariances_keep_their_digits(decades):
+    """Many small eigenvalues, whose roots a product of covariances loses."""
+    basis = orthogonal(128, seed=2)
+    spectrum = torch.full((128,), 10.0**-decades, dtype=torch.float64)
+    spectrum[:8] = 1
+    a = Given(torch.zeros(128).double(), basis * spectrum @ basis.T)
+    b = Given(torch.zeros(128).double(), 4 * a.covariance)
+    assert frechet_distance(a, b) == pytest.approx(float(spectrum.sum()), rel=1e-9)
+
+
+def test_statistics_that_are_not_finite_are_refused():
+    broken = Given(torch.zeros(2).double(), torch.full((2, 2), torch.nan).double())
+    with pytest.raises(UserError) as error:
+        frechet_distance(broken, statistics_of(normal(9, 2)))
+    assert str(error.value) == "the statistics of features must be finite, but a mean or covariance is not"
+
+
+def test_statistics_move_and_come_back():
+    statistics = statistics_of(normal(1500, 3)).to("cpu")
+    restored = GaussianStatistics()
+    restored.load_state_dict(statistics.state_dict())
+    restored.update(normal(10, 3, seed=1))
+    assert (statistics.n, restored.n) == (1500, 1510)
+    np.testing.assert_allclose(statistics.covariance, np.cov(normal(1500, 3).numpy(), rowvar=False), rtol=1e-12)

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from smalti.core.errors import UserError
-from smalti.eval.pairwise import PSNR_CAP, pooled_psnr, psnr, ssim
+from smalti.eval.ms_ssim import ms_ssim
+from smalti.eval.pairwise import PSNR_CAP, pooled_psnr, psnr, ssim, ssim_reflected, ssim_uniform
 
 
 def naive_ssim(x, y):
@@ -43,26 +44,6 @@ def test_ssim_is_that_of_a_loop_over_windows(pair):
     x, y = (images.double().numpy() + 1) / 2, (others.double().numpy() + 1) / 2
     expected = [np.mean([naive_ssim(x[i, c], y[i, c]) for c in range(2)]) for i in range(3)]
     np.testing.assert_allclose(ssim(images, others).numpy(), expected, rtol=1e-9)
-
-
-def test_pooled_psnr_is_that_of_one_large_image(pair):
-    images, others = pair
-    side_by_side = [torch.cat([*pixels], dim=-1)[None] for pixels in pair]
-    torch.testing.assert_close(pooled_psnr(images, others), psnr(*side_by_side)[0])
-    assert pooled_psnr(images, others) < psnr(images, others).mean()
-
-
-def test_ssim_with_a_uniform_window_has_unbiased_moments(pair):
-    images, others = pair
-    x, y = ((pixels[0, 0].double().numpy() + 1) / 2 for pixels in pair)
-    found = []
-    for top in range(x.shape[0] - 6):
-        for left in range(x.shape[1] - 6):
-            a, b = (plane[top : top + 7, left : left + 7].ravel() for plane in (x, y))
-            moments = np.cov(a, b)  # divided by n - 1
-            numerator = (2 * a.mean() * b.mean() + 1e-4) * (2 * moments[0, 1] + 9e-4)
-            found.append(numerator / ((a.mean() ** 2 + b.mean() ** 2 + 1e-4) * (moments.trace() + 9e-4)))
-    assert ssim(images[:1, :1], others[:1, :1], window="uniform").item() == pytest.approx(np.mean(found), rel=1e-9)
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim])
@@ -111,3 +92,92 @@ def test_wrong_tensors_are_refused(metric, images, references, sentence):
 def test_ssim_refuses_images_smaller_than_its_window():
     with pytest.raises(UserError, match=r"^SSIM needs images of 11 x 11 pixels or more, got 8 x 20$"):
         ssim(torch.zeros(1, 1, 8, 20), torch.zeros(1, 1, 8, 20))
+
+
+def naive_uniform(x, y):
+    """scikit-image's default windows, one at a time."""
+    values = []
+    for top in range(x.shape[0] - 6):
+        for left in range(x.shape[1] - 6):
+            a, b = x[top : top + 7, left : left + 7].ravel(), y[top : top + 7, left : left + 7].ravel()
+            (va, cab), (_, vb) = np.cov(a, b)
+            numerator = (2 * a.mean() * b.mean() + 1e-4) * (2 * cab + 9e-4)
+            values.append(numerator / ((a.mean() ** 2 + b.mean() ** 2 + 1e-4) * (va + vb + 9e-4)))
+    return np.mean(values)
+
+
+def test_uniform_windows(pair):
+    images, references = pair
+    found = ssim_uniform(images, references)
+    for image, reference, value in zip((images + 1) / 2, (references + 1) / 2, found, strict=True):
+        planes = zip(image.double().numpy(), reference.double().numpy(), strict=True)
+        assert float(value) == pytest.approx(np.mean([naive_uniform(*pair) for pair in planes]), rel=1e-9)
+
+
+def test_mirrored_borders(pair):
+    images, references = pair
+    found = ssim_reflected(images, references)
+    for image, reference, value in zip((images + 1) / 2, (references + 1) / 2, found, strict=True):
+        mirrored = (np.pad(x.double().numpy(), ((0, 0), (5, 5), (5, 5)), mode="reflect") for x in (image, reference))
+        planes = zip(*mirrored, strict=True)
+        assert float(value) == pytest.approx(np.mean([naive_ssim(*pair) for pair in planes]), rel=1e-9)
+
+
+def test_pooled_noise_is_that_of_the_batch(pair):
+    images, references = pair
+    error = ((images - references).double() / 2).square().mean()
+    assert float(pooled_psnr(images, references)) == pytest.approx(float(-10 * error.log10()), rel=1e-12)
+    assert float(pooled_psnr(images, images)) == PSNR_CAP
+    assert float(pooled_psnr(images, references)) < float(psnr(images, references).mean())  # the log is convex
+
+
+def smooth(seed, side):
+    """Images in [-1, 1] that look alike at several scales."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(2, 3, side // 16, side // 16, generator=generator)
+    return torch.nn.functional.interpolate(coarse, size=(side, side + 3), mode="bicubic").tanh()
+
+
+def naive_ms_ssim(x, y):
+    """Wang et al. 2003 for one image `(C, H, W)` in [0, 1], with SciPy's filters."""
+    gauss = np.exp(-((np.arange(11) - 5) ** 2) / 4.5)
+    gauss /= gauss.sum()
+
+    def blurred(values):
+        for axis in (1, 2):
+            values = np.apply_along_axis(np.convolve, axis, values, gauss, mode="valid")
+        return values
+
+    product = 1.0
+    for scale, exponent in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+        mx, my = blurred(x), blurred(y)
+        vx, vy, cxy = blurred(x * x) - mx**2, blurred(y * y) - my**2, blurred(x * y) - mx * my
+        structure = (2 * cxy + 9e-4) / (vx + vy + 9e-4)
+        if scale == 4:
+            structure = structure * (2 * mx * my + 1e-4) / (mx**2 + my**2 + 1e-4)
+        product *= max(structure.mean(), 0) ** exponent
+        height, width = (size // 2 * 2 for size in x.shape[1:])
+        x, y = (v[:, :height, :width].reshape(3, height // 2, 2, width // 2, 2).mean((2, 4)) for v in (x, y))
+    return product
+
+
+def test_five_scales():
+    references = smooth(0, 176)
+    images = (references + 0.3 * smooth(1, 176)).clamp(-1, 1)
+    found = ms_ssim(images, references)
+    for image, reference, value in zip((images + 1) / 2, (references + 1) / 2, found, strict=True):
+        assert float(value) == pytest.approx(naive_ms_ssim(image.double().numpy(), reference.double().numpy()))
+    assert ms_ssim(references, references).tolist() == [1, 1]
+    assert ms_ssim(-references, references).tolist() == [0, 0]
+
+
+def test_images_too_small_for_a_window():
+    images = torch.zeros(1, 3, 6, 200)
+    for metric, sentence in (
+        (ssim_reflected, "SSIM needs images of 11 x 11 pixels or more, got 6 x 200"),
+        (ssim_uniform, "SSIM needs images of 7 x 7 pixels or more, got 6 x 200"),
+        (ms_ssim, "MS-SSIM needs images of 176 x 176 pixels or more, got 6 x 200"),
+    ):
+        with pytest.raises(UserError) as error:
+            metric(images, images)
+        assert str(error.value) == sentence

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalti.core.errors import UserError
-from smalti.eval import precision_recall as module
+from smalti.eval import distances as module
 from smalti.eval.precision_recall import precision_recall
 
 
@@ -45,7 +45,7 @@ def test_shares_are_those_of_every_pair(count, others, width, neighbours, rows, 
     samples = torch.randn(count, width, generator=generator, dtype=torch.float64) + offset
     references = 0.8 * torch.randn(others, width, generator=generator, dtype=torch.float64) + offset
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BLOCK_ROWS", rows)
+        patch.setattr(module, "BLOCK", rows)
         found = precision_recall(samples, references, neighbours)
     assert found == pytest.approx(naive(samples.numpy(), references.numpy(), neighbours))
 
@@ -82,3 +82,39 @@ def test_wrong_features_are_refused(samples, references, sentence):
     with pytest.raises(UserError) as error:
         precision_recall(samples, references)
     assert str(error.value) == sentence
+
+
+def adm_twin(samples, references, neighbours):
+    """Whole matrices, every step rounded to float16; the vector itself counts among its neighbours."""
+
+    def distances(a, b):
+        a, b = a.astype(np.float16), b.astype(np.float16)
+        lengths = [(rows * rows).astype(np.float32).sum(1).astype(np.float16) for rows in (a, b)]
+        products = (a.astype(np.float32) @ b.astype(np.float32).T).astype(np.float16)
+        return np.maximum((lengths[0][:, None] - np.float16(2) * products) + lengths[1], np.float16(0))
+
+    own, others = (np.sort(distances(rows, rows), axis=1)[:, neighbours] for rows in (samples, references))
+    between = distances(samples, references)
+    return (between <= others).any(1).mean(), (between <= own[:, None]).any(0).mean()
+
+
+def test_adms_rounding():
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.rand(300, 40, generator=generator)
+    references = 0.9 * torch.rand(250, 40, generator=generator)
+    found = precision_recall(samples, references, 3, "float16")
+    assert found == pytest.approx(adm_twin(samples.numpy(), references.numpy(), 3))
+    assert found != precision_recall(samples, references, 3)
+
+
+def test_what_does_not_fit_into_float16_is_float32():
+    generator = torch.Generator().manual_seed(0)
+    samples = 300 * torch.randn(60, 8, generator=generator)
+    references = 300 * torch.randn(50, 8, generator=generator)
+    assert precision_recall(samples, references, 3, "float16") == precision_recall(samples, references, 3)
+
+
+def test_large_blocks_are_searched_in_groups():
+    distances = torch.rand(7, 1024, generator=torch.Generator().manual_seed(0))
+    distances[:, ::50] = 0.5
+    assert torch.equal(module.smallest(distances, 4), distances.sort(1).values[:, :4])

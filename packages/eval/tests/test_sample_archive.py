@@ -28,11 +28,8 @@ def test_batches_are_the_images_in_order(tmp_path, save, labels, size):
 @pytest.mark.parametrize(
     ("arrays", "found"),
     [
-        ({"arr_0": IMAGES}, "it has no arr_1"),
-        ({"images": IMAGES, "arr_1": LABELS}, "it has no arr_0"),
         ({"arr_0": IMAGES / 255, "arr_1": LABELS}, "its arr_0 is float64 (5, 4, 6, 3)"),
         ({"arr_0": IMAGES.transpose(0, 3, 1, 2), "arr_1": LABELS}, "its arr_0 is uint8 (5, 3, 4, 6)"),
-        ({"arr_0": np.asfortranarray(IMAGES), "arr_1": LABELS}, "its arr_0 is in column order"),
         ({"arr_0": IMAGES, "arr_1": LABELS[:, None]}, "its arr_1 is int64 (5, 1)"),
         ({"arr_0": IMAGES, "arr_1": LABELS.astype(float)}, "its arr_1 is float64 (5,)"),
         ({"arr_0": IMAGES, "arr_1": LABELS[:4]}, "it holds 5 images and 4 labels"),
@@ -47,6 +44,25 @@ def test_another_layout_is_refused(tmp_path, arrays, found):
     assert (
         str(error.value) == f"{path} is not in ADM's layout, arr_0 uint8 (N, H, W, 3) and arr_1 integer (N,): {found}"
     )
+
+
+@pytest.mark.parametrize(
+    ("arrays", "problem"),
+    [
+        ({"arr_0": IMAGES}, " has no array arr_1"),
+        ({"images": IMAGES, "arr_1": LABELS}, " has no array arr_0"),
+        (
+            {"arr_0": np.asfortranarray(IMAGES), "arr_1": LABELS},
+            ": arr_0 is in column order, expected rows first as numpy saves by default",
+        ),
+    ],
+)
+def test_arrays_that_cannot_be_read_are_refused(tmp_path, arrays, problem):
+    path = tmp_path / "samples.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(UserError) as error:
+        SampleArchive(path, 3)
+    assert str(error.value) == f"{path}{problem}"
 
 
 @pytest.mark.parametrize("label", [-1, 3])

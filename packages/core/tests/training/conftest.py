@@ -42,8 +42,8 @@ def lpips_file(tmp_path_factory):
     """Seeded weights of VGG16 and heads, in the layout of LPIPS."""
     torch.manual_seed(0)
     distance = LPIPSDistance(VGG16())
-    tensors = {f"net.slice1.{name[len('vgg.features.'):]}": tensor for name, tensor in distance.state_dict().items()
-               if name.startswith("vgg.")}  # fmt: skip
+    tensors = {f"net.slice1.{name[len('network.features.'):]}": tensor for name, tensor in distance.state_dict().items()
+               if name.startswith("network.")}  # fmt: skip
     tensors |= {f"lin{n}.model.1.weight": head.weight.detach().abs() for n, head in enumerate(distance.heads)}
     path = tmp_path_factory.mktemp("lpips") / "lpips.safetensors"
     save_file(tensors, path)

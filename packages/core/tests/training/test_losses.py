@@ -85,8 +85,8 @@ def test_networks_of_losses_are_neither_trained_nor_saved(lpips_file, output):
     assert not list(loss.parameters())
     assert not loss.distance.network.training
     moved = loss.to("meta")
-    assert moved.distance.network.vgg.features[0].weight.device.type == "meta"
-    assert moved.distance.network.vgg.shift.device.type == "meta"
+    assert moved.distance.network.network.features[0].weight.device.type == "meta"
+    assert moved.distance.network.network.shift.device.type == "meta"
 
 
 def test_vgg_reads_torchvisions_names(lpips_file, tmp_path):

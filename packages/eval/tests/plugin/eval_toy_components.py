@@ -3,10 +3,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from smalti.core.contracts import Generator, Tokenizer, TokenizerOutput
+from smalti.core.contracts import Features, Generator, Tokenizer, TokenizerOutput
 from smalti.core.layout import TokenLayout
 from smalti.core.noise import uniform
-from smalti.core.options import GeneratorOptions, Preprocessing, TokenizerOptions
+from smalti.core.options import FeaturesOptions, GeneratorOptions, Preprocessing, TokenizerOptions
 
 LEVELS = 16
 
@@ -65,3 +65,27 @@ class Uniform(Generator):
         indices = torch.arange(len(labels)) if indices is None else indices
         noise = uniform(settings.seed, indices, 0, self.token_layout.positions)
         return (noise * self.token_layout.vocab[0]).long()[..., None]
+
+
+class SmallNetworkOptions(FeaturesOptions):
+    name: Literal["small-network"] = "small-network"
+    seed: int = 0
+
+    def build(self):
+        return SmallNetwork(self.seed)
+
+
+class SmallNetwork(Features):
+    """Features of six and four numbers, of images of any size; float64, so that no batch size changes them."""
+
+    def __init__(self, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("kernel", torch.randn(6, 3, 3, 3, generator=generator).double() / 5)
+        self.register_buffer("classes", torch.randn(4, 6, generator=generator).double())
+        self.fingerprint = f"small-{seed}"
+
+    def forward(self, images):
+        maps = F.relu(F.conv2d(images.movedim(-1, 1).double() / 127.5 - 1, self.kernel, stride=2))
+        pool = maps.mean((2, 3))
+        return {"pool": pool, "spatial": maps[:, :1, :2, :2].flatten(1), "logits": pool @ self.classes.T}

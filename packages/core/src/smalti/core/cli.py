@@ -15,6 +15,7 @@ import typer
 from smalti.core.compare_command import add_compare_command
 from smalti.core.data_commands import add_data_commands
 from smalti.core.errors import UserError
+from smalti.core.evaluate_command import RECIPE, EvaluateGroup
 from smalti.core.model_commands import add_model_commands
 from smalti.core.plugin_commands import GroupWithPlugins
 from smalti.core.plugins import PluginWarning, registry
@@ -38,6 +39,8 @@ app = typer.Typer(
 )
 train = typer.Typer(help="Train a tokenizer, or a generator on its tokens.", no_args_is_help=True)
 app.add_typer(train, name="train")
+evaluate = typer.Typer(cls=EvaluateGroup, help="Measure a recipe's run, or images of any origin.", no_args_is_help=True)
+app.add_typer(evaluate, name="evaluate")
 
 RecipeArgument = Annotated[
     str,
@@ -88,7 +91,7 @@ _add_command(train, "tokenizer", "Train the recipe's tokenizer on its images.", 
 _add_command(train, "autoencoder", "Train the recipe's autoencoder on its images.", "train-autoencoder")
 _add_command(app, "tokenize", "Turn the training images into token shards.", "tokenize")
 _add_command(train, "generator", "Train the recipe's generator on the token shards.", "train-generator")
-_add_command(app, "evaluate", "Measure reconstructions and samples, and write the report.", "evaluate")
+_add_command(evaluate, RECIPE, "Measure reconstructions and samples of a run, and write the report.", "evaluate")
 
 
 @app.command()

@@ -9,7 +9,7 @@ whole dotted path.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
 from pydantic_core import PydanticCustomError, core_schema
@@ -214,7 +214,13 @@ class FeaturesOptions(ComponentOptions):
 
 
 class MetricOptions(ComponentOptions):
-    """Options of a metric between images and their references."""
+    """Options of a metric between images and their references.
+
+    Attributes:
+        routine: it is computed where no metrics are named; it then needs nothing but the images.
+    """
+
+    routine: ClassVar[bool] = True
 
     @abstractmethod
     def build(self) -> PairMetric:

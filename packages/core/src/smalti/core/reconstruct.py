@@ -28,7 +28,7 @@ from smalti.core.contracts import Drawing, PairMetric, Tokenizer
 from smalti.core.errors import UserError
 from smalti.core.files import write_bytes, write_json
 from smalti.core.layout import TokenLayout
-from smalti.core.plugins import registry
+from smalti.core.metrics import pair_metrics
 from smalti.core.weights import fingerprint
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
@@ -88,7 +88,7 @@ def reconstruct_images(
     if find_spec("PIL") is None:
         raise UserError("reading images needs the extra smalti-core[data], which is not installed")
     device = next((parameter.device for parameter in tokenizer.parameters()), torch.device("cpu"))
-    metrics = {name: registry().options("metric", name)().build() for name in registry().names("metric")}
+    metrics = pair_metrics()
     entries: list[dict[str, Any]] = []
     shown: list[NDArray[np.uint8]] = []
     for batch in _batches(_decoded(tokenizer, inputs, size), batch_size):

@@ -63,7 +63,7 @@ def curves(lines: Sequence[dict[str, Any]]) -> str:
             axes.set_yscale("log")
         _over_steps(axes, min(len(series), 2))
 
-    return _svg(draw, 3.5, 2.7)
+    return svg(draw, 3.5, 2.7)
 
 
 def usage_curves(lines: Sequence[dict[str, Any]]) -> str | None:
@@ -101,7 +101,7 @@ def usage_curves(lines: Sequence[dict[str, Any]]) -> str | None:
         axes.set_ylim(0, 103)
         _over_steps(axes, 3)
 
-    return _svg(draw, 3.5, 2.7)
+    return svg(draw, 3.5, 2.7)
 
 
 def _over_steps(axes: Axes, columns: int) -> None:
@@ -132,14 +132,14 @@ def code_frequencies(counts: Sequence[NDArray[np.int64]]) -> str:
         if len(counts) > 1:
             axes.legend()
 
-    return _svg(draw, 9.4, 2.5)
+    return svg(draw, 9.4, 2.5)
 
 
 def _colors(count: int) -> list[str]:
     return [SERIES[index % len(SERIES)] for index in range(count)]
 
 
-def _svg(draw: Callable[[Axes], None], width: float, height: float) -> str:
+def svg(draw: Callable[[Axes], None], width: float, height: float) -> str:
     """An `<svg>` element of so many inches; equal drawings are equal texts."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from smalti.core.options import Options
 
-LIBRARIES = ("smalti-eval", "smalti-core", "torch", "numpy", "pillow")
+LIBRARIES = ("smalti-eval", "smalti-core", "torch", "torch-fidelity", "numpy", "pillow")
 
 
 class Figure(Options):
@@ -23,6 +23,7 @@ class Figure(Options):
         measured: what was measured, and how many.
         reference: what it was compared with, and how many; empty where with nothing.
         extractor: which network gave the features, with its fingerprint; empty where none did.
+        interval: ends of the 95 % confidence interval, where one was asked for.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Figure(Options):
     measured: str
     reference: str = ""
     extractor: str = ""
+    interval: tuple[float, float] | None = None
 
     def text(self) -> str:
         """The value as people read it."""
@@ -41,6 +43,12 @@ class Figure(Options):
             return f"{100 * self.value:.1f} %"
         digits = 3 if abs(self.value) < 1 else 2 if abs(self.value) < 10 else 1
         return f"{self.value:.{digits}f} {self.unit}".rstrip()
+
+    def exact(self) -> str:
+        """The value with six digits, and its interval: what a comparison needs."""
+        ends = f", 95 % between {self.interval[0]:.6g} and {self.interval[1]:.6g}" if self.interval else ""
+        unit = f" {self.unit}" if self.unit not in ("", "share") else ""
+        return f"{self.value:.6g}{unit}{ends}"
 
 
 def library_versions() -> dict[str, str]:

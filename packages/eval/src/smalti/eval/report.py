@@ -78,10 +78,11 @@ class Report:
 
 def render(report: Report) -> str:
     """The report as HTML; the same report gives the same text."""
-    template = Template(resources.files("smalti.eval").joinpath("report.html").read_text(encoding="utf-8"))
+    template = Template(page_part("report.html"))
     figures = report.figures
     libraries = ", ".join(f"{name} {version}" for name, version in report.protocol["libraries"].items())
     return template.substitute(
+        style=page_part("style.css"),
         recipe=escape(report.recipe),
         summary=escape(report.summary),
         note=escape(report.note),
@@ -95,30 +96,36 @@ def render(report: Report) -> str:
         pairs_about="Held-out images, through the tokens and back.",
         sample_columns=max((len(images) for images in report.samples), default=1),
         pair_columns=max(1, min(len(report.pairs), WIDEST)),
-        pairs="\n".join(f'<div class="pair">{_picture(one)}{_picture(other)}</div>' for one, other in report.pairs),
+        pairs="\n".join(f'<div class="pair">{picture(one)}{picture(other)}</div>' for one, other in report.pairs),
         codes_about=escape(
             f"{figures['codebook_usage'].text()} of the codes are used; the entropy is that of "
             f"{figures['codebook_perplexity'].text()} used evenly."
         ),
         codes=code_frequencies(report.code_counts),
         curves="\n".join(_charts(report)),
-        table="\n".join(_table_row(figure) for figure in figures.values()),
+        table="\n".join(table_row(figure) for figure in figures.values()),
         protocol=escape(json.dumps(report.protocol, indent=2)),
         resolved_recipe=escape(report.resolved_recipe),
         footer=escape(f"{libraries}."),
     )
 
 
+def page_part(name: str) -> str:
+    """A text file of this package: a page with places for what is shown, or the style of all pages."""
+    return resources.files("smalti.eval").joinpath(name).read_text(encoding="utf-8")
+
+
 def _charts(report: Report) -> Iterator[str]:
     for stage, lines in report.curves.items():
         title = TITLES.get(stage, stage)
-        yield _chart(title, curves(lines))
+        yield chart(title, curves(lines))
         usage = usage_curves(lines)
         if usage is not None:
-            yield _chart(f"{title}: codes in use", usage)
+            yield chart(f"{title}: codes in use", usage)
 
 
-def _chart(title: str, drawing: str) -> str:
+def chart(title: str, drawing: str) -> str:
+    """A drawing with its title."""
     return f'<div class="card chart"><h3>{escape(title)}</h3>{drawing}</div>'
 
 
@@ -127,24 +134,25 @@ def _tiles(report: Report) -> list[str]:
     text = {name: figure.text() for name, figure in figures.items()}
     minutes, seconds = divmod(round(report.seconds), 60)
     return [
-        _tile(figures["psnr"].title, text["psnr"], f"of held-out reconstructions; SSIM {text['ssim']}"),
-        _tile(figures["codebook_usage"].title, text["codebook_usage"], f"perplexity {text['codebook_perplexity']}"),
-        _tile("Run time", f"{minutes} min {seconds} s", "all stages, as recorded"),
-        _tile(
+        tile(figures["psnr"].title, text["psnr"], f"of held-out reconstructions; SSIM {text['ssim']}"),
+        tile(figures["codebook_usage"].title, text["codebook_usage"], f"perplexity {text['codebook_perplexity']}"),
+        tile("Run time", f"{minutes} min {seconds} s", "all stages, as recorded"),
+        tile(
             figures["classified_as_intended"].title,
             text["classified_as_intended"],
             f"of the samples; real images: {text['classifier_accuracy']}",
         ),
-        _tile(
+        tile(
             figures["frechet_distance"].title,
             text["frechet_distance"],
             f"in the classifier's features, not FID; real images: {text['frechet_distance_real']}",
         ),
-        _tile("Precision and recall", f"{text['precision']} · {text['recall']}", "in the classifier's features"),
+        tile("Precision and recall", f"{text['precision']} · {text['recall']}", "in the classifier's features"),
     ]
 
 
-def _tile(title: str, value: str, more: str) -> str:
+def tile(title: str, value: str, more: str) -> str:
+    """One figure in large letters."""
     shown = escape(value)
     for unit in (" dB", " %", " min", " s"):
         shown = shown.replace(unit, f"<small>{unit}</small>")
@@ -157,7 +165,7 @@ def _tile(title: str, value: str, more: str) -> str:
 def _classes(report: Report) -> list[str]:
     cells = ['<div class="head"></div><div class="head"></div><div class="head">classified as intended</div>']
     for row, images in zip(report.rows, report.samples, strict=False):
-        strip = "".join(map(_picture, images))
+        strip = "".join(map(picture, images))
         cells.append(f'<div class="name">{escape(row.name)}</div>{_meter(row)}<div class="strip">{strip}</div>')
     return cells
 
@@ -174,12 +182,13 @@ def _meter(row: ClassRow) -> str:
     )
 
 
-def _picture(image: Image) -> str:
+def picture(image: Image) -> str:
     """A PNG inside the page."""
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png_bytes(image)).decode()}">'
 
 
-def _table_row(figure: Figure) -> str:
+def table_row(figure: Figure) -> str:
+    """A figure with all that it depends on."""
     parts = [("measured on", figure.measured), ("reference", figure.reference), ("extractor", figure.extractor)]
     lines = [escape(figure.definition), *(f"<b>{name}</b> {escape(text)}" for name, text in parts if text)]
     arrow = {"higher": "↑", "lower": "↓"}[figure.better]

@@ -5,17 +5,15 @@ Legend: N images, B images of a batch, H W pixels.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from smalti.core.errors import UserError
+from smalti.eval.npz_images import IMAGES, exactly, opened_member
 
 LAYOUT = "arr_0 uint8 (N, H, W, 3) and arr_1 integer (N,)"
 
@@ -39,11 +37,11 @@ class SampleArchive:
         self.path = Path(path)
         if not self.path.exists():
             raise UserError(f"{self.path} does not exist: run `smalti sample` first")
-        with self._opened("arr_1") as (file, shape, dtype):
+        with opened_member(self.path, "arr_1") as (file, shape, dtype):
             if len(shape) != 1 or dtype.kind not in "iu":
                 raise self._wrong(f"its arr_1 is {dtype} {shape}")
-            labels = np.frombuffer(self._exactly(file, shape[0] * dtype.itemsize), dtype)
-        with self._opened("arr_0") as (_, self.shape, dtype):
+            labels = np.frombuffer(exactly(self.path, file, shape[0] * dtype.itemsize), dtype)
+        with opened_member(self.path, IMAGES) as (_, self.shape, dtype):
             if len(self.shape) != 4 or self.shape[3] != 3 or dtype != np.uint8:
                 raise self._wrong(f"its arr_0 is {dtype} {self.shape}")
         if len(labels) != self.shape[0] or not len(labels):
@@ -63,35 +61,11 @@ class SampleArchive:
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images uint8 `(B, H, W, 3)` with labels `(B,)`, in order; the last batch may be smaller."""
         pixels = self.shape[1:]
-        with self._opened("arr_0") as (file, _, _):
+        with opened_member(self.path, IMAGES) as (file, _, _):
             for labels in self.labels.split(size):
-                content = self._exactly(file, len(labels) * int(np.prod(pixels)))
+                content = exactly(self.path, file, len(labels) * int(np.prod(pixels)))
                 images = np.frombuffer(content, np.uint8).reshape(len(labels), *pixels)
                 yield torch.from_numpy(images.copy()), labels
-
-    @contextmanager
-    def _opened(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]]:
-        """The member at the start of its values, with their shape and type."""
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as file:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, column_order, dtype = read(file)
-                if column_order and len(shape) > 1:
-                    raise self._wrong(f"its {name} is in column order")
-                yield file, shape, dtype
-        except KeyError:
-            raise self._wrong(f"it has no {name}") from None
-        except UserError:
-            raise
-        except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-            raise UserError(f"{self.path} is damaged or not an .npz file: {error}") from None
-
-    def _exactly(self, file: IO[bytes], count: int) -> bytes:
-        content = file.read(count)
-        if len(content) != count:
-            raise UserError(f"{self.path} is damaged: it ends after {len(content)} of {count} bytes")
-        return content
 
     def _wrong(self, found: str) -> UserError:
         return UserError(f"{self.path} is not in ADM's layout, {LAYOUT}: {found}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from smalti.core.contracts import Generator, Tokenizer
 from smalti.core.data.token_shards import MANIFEST
 from smalti.core.errors import UserError
 from smalti.core.files import read_json
+from smalti.core.recipe import Recipe
 from smalti.core.sampling_run import SamplingRun, chosen_classes
 from smalti.core.stage import Stage
 from smalti.core.weights import fingerprint
@@ -24,35 +27,33 @@ class Sample(Stage):
         self.sampling().draw(self.context.reporter)
 
     def sampling(self) -> SamplingRun:
-        """What is to be drawn, with the run's models.
-
-        Raises:
-            UserError: a tokenizer that is not the generator's; classes that there are not.
-        """
+        """What is to be drawn, with the run's models; raises as `sampling_of`."""
         context = self.context
-        options = context.recipe.sample
-        assert options is not None, "the pipeline leaves this stage out"
-        tokenizer = Tokenizer.from_pretrained(context.run / "tokenizer").to(context.device)
-        generator = Generator.from_pretrained(context.run / "generator").to(context.device)
-        self._check_pair(tokenizer)
-        names = tuple(read_json(context.run / "tokens" / MANIFEST, "the layout of token shards")["classes"])
-        return SamplingRun(
-            tokenizer,
-            generator,
-            options,
-            chosen_classes(options.classes, generator.classes, names),
-            context.run / "samples",
-            context.device,
-            context.recipe.seed,
-            names,
-        )
+        return sampling_of(context.run.path, context.recipe, context.device)
 
-    def _check_pair(self, tokenizer: Tokenizer) -> None:
-        path = self.context.run / "generator" / "tokenizer.json"
-        trained_with = read_json(path, "the tokenizer's fingerprint")["tokenizer"]
-        found = fingerprint(tokenizer, tokenizer.config())
-        if trained_with != found:
-            raise UserError(
-                f"the generator in {path.parent} was trained on tokens of another tokenizer ({trained_with}, this "
-                f"one is {found}): run `smalti tokenize` and `smalti train generator` again"
-            )
+
+def sampling_of(run: Path, recipe: Recipe, device: str) -> SamplingRun:
+    """What a run is to draw, with its models.
+
+    Raises:
+        UserError: a recipe that draws no samples, a tokenizer that is not the generator's, or classes that there are
+            not.
+    """
+    if recipe.sample is None:
+        raise UserError(f"the recipe of {run} has no section sample")
+    tokenizer = Tokenizer.from_pretrained(run / "tokenizer").to(device)
+    generator = Generator.from_pretrained(run / "generator").to(device)
+    _check_pair(tokenizer, run / "generator" / "tokenizer.json")
+    names = tuple(read_json(run / "tokens" / MANIFEST, "the layout of token shards")["classes"])
+    chosen = chosen_classes(recipe.sample.classes, generator.classes, names)
+    return SamplingRun(tokenizer, generator, recipe.sample, chosen, run / "samples", device, recipe.seed, names)
+
+
+def _check_pair(tokenizer: Tokenizer, path: Path) -> None:
+    trained_with = read_json(path, "the tokenizer's fingerprint")["tokenizer"]
+    found = fingerprint(tokenizer, tokenizer.config())
+    if trained_with != found:
+        raise UserError(
+            f"the generator in {path.parent} was trained on tokens of another tokenizer ({trained_with}, this "
+            f"one is {found}): run `smalti tokenize` and `smalti train generator` again"
+        )

@@ -239,7 +239,7 @@ class Validation(Options):
         images: so many, the first of the recipe's `data.validation`.
         batch_size: images reconstructed at once.
         pictures: so many of them are shown beside their reconstructions, in `images/` and by trackers; 0 for none.
-        metrics: installed components of kind `metric`; empty takes all.
+        metrics: installed components of kind `metric`; empty takes those that need nothing but the images.
         features: for the Frechet distance between images and reconstructions, `rfid`; None leaves that out.
         best: the weights of the best validation are kept in `tokenizer-best/`; None keeps none.
     """

@@ -25,6 +25,7 @@ from smalti.core.data.images import grid, png_bytes, to_uint8
 from smalti.core.data.loader import Batch, IndexedBatch, read_images
 from smalti.core.errors import UserError
 from smalti.core.files import write_bytes, write_json
+from smalti.core.metrics import pair_metrics
 from smalti.core.plugins import registry
 from smalti.core.progress import Reporter
 from smalti.core.run_folder import RunFolder
@@ -79,10 +80,9 @@ class Validator:
         self.options, self.tokenizer, self.text = options, tokenizer, text
         self.dataset, self.max_undecodable = dataset, max_undecodable
         self.run, self.stage, self.reporter = run, stage, reporter
-        names = options.metrics or tuple(registry().names("metric"))
-        self.metrics = {name: registry().options("metric", name)().build() for name in names}
+        self.metrics = pair_metrics(options.metrics)
         self.features = options.features.build().eval() if options.features is not None else None
-        measured = [*names, *(["rfid"] if self.features is not None else [])]
+        measured = [*self.metrics, *(["rfid"] if self.features is not None else [])]
         if options.best is not None and options.best.metric not in measured:
             raise UserError(
                 f"train.{tokenizer.kind}.validation.best: {options.best.metric!r} is not measured, "

@@ -1,0 +1,60 @@
+"""Density and coverage of samples in a feature space (Naeem et al. 2020).
+
+Legend: N samples, M references, D width of their features.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from smalti.eval.distances import centred, distance_blocks, radii
+from smalti.eval.precision_recall import check_neighbours
+
+
+class DensityCoverage(NamedTuple):
+    """What the balls around references say.
+
+    `density`: mean number of balls that a sample lies in, divided by k; about 1 for samples like the references, and
+    more where they crowd together. `coverage`: share of the balls with a sample in them, 0 to 1.
+    """
+
+    density: float
+    coverage: float
+
+
+def definition(neighbours: int) -> str:
+    """The definition in words, for protocols."""
+    return (
+        "Naeem et al. 2020: balls around references up to the k-th nearest other reference, "
+        f"k = {neighbours}, borders included, distances in float32"
+    )
+
+
+@torch.no_grad()
+def density_coverage(samples: Tensor, references: Tensor, neighbours: int = 5) -> DensityCoverage:
+    """Density and coverage of samples `(N, D)` against references `(M, D)`, in blocks as `precision_recall`.
+
+    A sample on the border of a ball lies inside, as in precision and recall; the authors' code leaves it out. The
+    two differ only where distances are equal, as with copies of references.
+
+    Args:
+        samples: `(N, D)`.
+        references: `(M, D)`.
+        neighbours: k.
+
+    Raises:
+        UserError: other shapes, values that are not finite, or no more vectors than `neighbours` in a set.
+    """
+    check_neighbours(samples, references, neighbours)
+    samples, references = centred(samples, references)
+    sizes = radii(references, neighbours)
+    balls = 0
+    covered = torch.zeros(len(references), dtype=torch.bool, device=references.device)
+    for _, columns, found in distance_blocks(samples, references, "float32"):
+        inside = found <= sizes[columns]
+        balls += int(inside.sum())
+        covered[columns] |= inside.any(0)
+    return DensityCoverage(balls / (neighbours * len(samples)), int(covered.sum()) / len(references))

@@ -1,0 +1,196 @@
+"""Squared Euclidean distances between two sets of features, one block at a time.
+
+Legend: N M vectors of the sets, D their width, R C rows and columns of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+BLOCK = 1024
+GROUPS = 32
+LARGEST_HALF = 65504.0
+# ADM's evaluator decides for so many rows and columns at once whether float16 is enough.
+ADM_BLOCK = 10_000
+
+Rounding = Literal["float32", "float16"]
+
+Distances = Callable[[Tensor], Tensor]
+"""Vectors `(R, D)` to their squared distances `(R, C)` from the columns that it was made for."""
+
+
+def centred(samples: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sets as float32, moved by the mean of the references.
+
+    Distances do not change when both sets are moved; near the origin |u|^2 - 2uv + |v|^2 cancels least.
+    """
+    wide = torch.promote_types(torch.promote_types(samples.dtype, references.dtype), torch.float32)
+    total = torch.zeros(references.shape[1], dtype=torch.float64, device=references.device)
+    for block in references.split(BLOCK):
+        total += block.sum(0, dtype=torch.float64)
+    centre = (total / len(references)).to(wide)
+    moved = []
+    for vectors in (samples, references):
+        target = torch.empty(vectors.shape, dtype=torch.float32, device=vectors.device)
+        for block, place in zip(vectors.split(BLOCK), target.split(BLOCK), strict=True):
+            place.copy_(block.to(wide).sub(centre))
+        moved.append(target)
+    return moved[0], moved[1]
+
+
+def float32_distances(columns: Tensor) -> Distances:
+    """Distances in float32 from `columns`, float32 `(C, D)`."""
+    lengths = _lengths(columns)
+    if _packs(columns):
+        # oneDNN's own order of weights: twice the speed of addmm on some processors.
+        weight = torch.ops.mkldnn._reorder_linear_weight(-2 * columns, BLOCK)
+
+        def packed(rows: Tensor) -> Tensor:
+            products: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, lengths, "none", [], "")
+            return products.add_(_lengths(rows)[:, None]).clamp_(min=0)
+
+        return packed
+    turned = columns.T
+
+    def plain(rows: Tensor) -> Tensor:
+        return torch.addmm(lengths + _lengths(rows)[:, None], rows, turned, alpha=-2).clamp_(min=0)
+
+    return plain
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    """Squared, `(R,)`, without squares of all values in memory."""
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=1)
+    return lengths.square()
+
+
+def half_distances(columns: Tensor) -> Distances:
+    """Distances as ADM's evaluator rounds them, as float32: vectors, squares, products and sums all in float16.
+
+    Only within a sum or a product are terms added up in float32. What does not fit into float16 is not finite.
+    """
+    rounded = columns.half()
+    lengths = _half_lengths(rounded)
+    turned = rounded.float().T.contiguous()
+
+    def half(rows: Tensor) -> Tensor:
+        vectors = rows.half()
+        products = (vectors.float() @ turned).half()
+        return ((_half_lengths(vectors)[:, None] - 2 * products) + lengths).clamp_(min=0).float()
+
+    return half
+
+
+def _half_lengths(vectors: Tensor) -> Tensor:
+    return vectors.square().sum(1, dtype=torch.float32).half()
+
+
+def distance_blocks(
+    rows: Tensor, columns: Tensor, rounding: Rounding, *, upper: bool = False
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """All squared distances of two sets in blocks: which rows, which columns, and the distances `(R, C)`.
+
+    A block is valid until the next one and may be changed.
+
+    Args:
+        rows: float32 `(N, D)`.
+        columns: float32 `(M, D)`.
+        rounding: `float16` is that of `half_distances`, except for parts that do not fit into it.
+        upper: leave out blocks below the diagonal.
+    """
+    with true_float32():
+        for some_columns in _spans(0, len(columns), ADM_BLOCK):
+            for some_rows in _spans(0, len(rows), ADM_BLOCK):
+                halved = rounding == "float16" and _fits_half(rows[some_rows], columns[some_columns])
+                for column in _spans(some_columns.start, some_columns.stop, BLOCK):
+                    distances = (half_distances if halved else float32_distances)(columns[column])
+                    for row in _spans(some_rows.start, some_rows.stop, BLOCK):
+                        if not upper or row.start <= column.start:
+                            yield row, column, distances(rows[row])
+
+
+def _spans(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(place, min(place + size, stop)) for place in range(start, stop, size)]
+
+
+def _fits_half(rows: Tensor, columns: Tensor) -> bool:
+    """Whether all that `half_distances` computes between two sets is finite."""
+    largest = sum(float(vectors.half().float().square().sum(1).max().sqrt()) for vectors in (rows, columns))
+    if 1.01 * largest**2 < LARGEST_HALF:
+        return True
+    found = (half_distances(column)(row) for column in columns.split(BLOCK) for row in rows.split(BLOCK))
+    return all(bool(distances.isfinite().all()) for distances in found)
+
+
+def radii(vectors: Tensor, neighbours: int, rounding: Rounding = "float32") -> Tensor:
+    """Squared distance of each of the vectors, float32 `(N, D)`, to its `neighbours`-th nearest other one, `(N,)`.
+
+    In float16 the vector itself is looked at, too, and one neighbour more, as ADM's evaluator does: rounding can take
+    its distance from itself above 0.
+    """
+    exact = rounding == "float32"
+    count = neighbours if exact else neighbours + 1
+    best = vectors.new_full((len(vectors), count), torch.inf)
+    for rows, columns, distances in distance_blocks(vectors, vectors, rounding, upper=exact):
+        own = rows == columns
+        if exact and own:
+            distances.fill_diagonal_(torch.inf)
+        _keep(best, rows, distances)
+        if exact and not own:  # the same distances, seen from the other side
+            _keep(best, columns, distances.T)
+    return best[:, -1]
+
+
+def _keep(best: Tensor, rows: slice, distances: Tensor) -> None:
+    count = best.shape[1]
+    found = torch.cat([best[rows], smallest(distances, count)], 1)
+    best[rows] = found.topk(count, dim=1, largest=False).values.sort(1).values
+
+
+def smallest(distances: Tensor, count: int) -> Tensor:
+    """The `count` smallest of every row, `(R, count)` in ascending order; all of them where there are fewer.
+
+    The smallest values lie in the groups with the smallest minima: minima are quick, and few values are left to sort.
+    """
+    columns = distances.shape[1]
+    whole = columns - columns % GROUPS
+    if whole < 8 * GROUPS or count > GROUPS:
+        return distances.topk(min(count, columns), dim=1, largest=False).values
+    groups = distances[:, :whole].unflatten(1, (whole // GROUPS, GROUPS))
+    turned = distances.stride(0) == 1  # then minima are quick only in the order of memory
+    minima = groups.permute(1, 2, 0).amin(0).T.contiguous() if turned else groups.amin(1)
+    nearest = minima.topk(count, dim=1, largest=False).indices
+    chosen = groups.gather(2, nearest[:, None].expand(-1, whole // GROUPS, -1)).flatten(1)
+    return torch.cat([chosen, distances[:, whole:]], 1).topk(count, dim=1, largest=False).values
+
+
+@contextmanager
+def true_float32() -> Iterator[None]:
+    """Undo `torch.set_float32_matmul_precision` for a while: figures must not depend on it."""
+    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    both = [(setting, setting.fp32_precision) for setting in settings]
+    changed = [(setting, value) for setting, value in both if value not in ("none", "ieee")]
+    for setting, _ in changed:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, value in changed:
+            setting.fp32_precision = value
+
+
+def _packs(columns: Tensor) -> bool:
+    """Whether oneDNN takes them: the operators are private to PyTorch, which may rename or drop them."""
+    return columns.device.type == "cpu" and _has_operators()
+
+
+@cache
+def _has_operators() -> bool:
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)

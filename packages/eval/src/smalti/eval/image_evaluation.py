@@ -1,0 +1,157 @@
+"""From two sets of images to figures that carry their protocol.
+
+Legend: N images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from smalti.core import distributed
+from smalti.core.contracts import Features
+from smalti.core.errors import UserError
+from smalti.core.options import Preprocessing
+from smalti.core.progress import Reporter
+from smalti.eval.evaluation_record import extractor_record, protocol_record, reference_record, warnings
+from smalti.eval.evaluation_sides import (
+    Asked,
+    opened_images,
+    opened_references,
+    opened_statistics,
+    opened_tokenizer,
+)
+from smalti.eval.extraction import Extracted, Wanted, extract
+from smalti.eval.figures import Figure, library_versions
+from smalti.eval.image_pairs import ImagePairs, PairResults
+from smalti.eval.image_source import ImageSource
+from smalti.eval.measures import Measure, chosen_metrics, union
+from smalti.eval.reference_statistics import StatisticsFile
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures, what they depend on as plain data, and what the report shows of pairs of images."""
+
+    figures: list[Figure]
+    record: dict[str, Any]
+    pairs: PairResults | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def content(self) -> dict[str, Any]:
+        """The result as JSON."""
+        figures = {figure.name: figure.model_dump(mode="json", exclude={"name"}) for figure in self.figures}
+        return {**self.record, "warnings": self.warnings, "figures": figures}
+
+
+@torch.inference_mode()
+def evaluate_images(asked: Asked, reporter: Reporter) -> Evaluation:
+    """Measure images against a reference; all processes must call it, the first one gets the figures.
+
+    Whatever can be wrong without looking at an image is told first: names, weights, files.
+
+    Raises:
+        UserError: anything that is missing, broken or does not go together.
+    """
+    protocol = asked.protocol
+    measures, pair_metrics = chosen_metrics(asked.metrics or protocol.metrics)
+    extractor = protocol.extractor.build().to(asked.device).eval()
+    statistics = opened_statistics(asked.reference, extractor, protocol)
+    tokenizer = opened_tokenizer(asked)
+    preprocessing = protocol.preprocessing or (tokenizer.preprocessing if tokenizer is not None else None)
+    references = opened_references(asked, statistics, measures, preprocessing, needed=bool(pair_metrics or tokenizer))
+    if statistics is not None and references is None and pair_metrics:
+        raise UserError(f"{min(pair_metrics)} compares images, but {asked.reference} holds statistics only")
+    images = opened_images(asked, tokenizer, references, preprocessing)
+    if pair_metrics and references is not None and len(images) != len(references):
+        raise UserError(
+            f"{min(pair_metrics)} compares pairs, but there are {len(images)} images and {len(references)} references"
+        )
+    given = _measured_references(asked, references, statistics, extractor, measures, reporter)
+    wanted = union(measure.samples for measure in measures.values())
+    if asked.repeats:
+        wanted |= Wanted(rows=wanted.statistics)
+    pairs = (
+        ImagePairs(pair_metrics, references, asked.batch_size, asked.device) if pair_metrics and references else None
+    )
+    with reporter.progress("images", len(images), unit="image") as advance:
+        watch = pairs.watch if pairs is not None else None
+        found = extract(images, extractor, wanted, asked.batch_size, asked.device, advance, watch)
+    results = pairs.results(protocol.batch_size) if pairs is not None else None
+    if distributed.rank() != 0:
+        return Evaluation([], {})
+    return _evaluation(asked, measures, extractor, images, found, statistics, given, results, preprocessing)
+
+
+def _measured_references(
+    asked: Asked,
+    references: ImageSource | None,
+    statistics: StatisticsFile | None,
+    extractor: Features,
+    measures: Mapping[str, Measure],
+    reporter: Reporter,
+) -> Extracted:
+    """Features of the reference; statistics of a file take the place of those of its images."""
+    wanted = union(measure.references for measure in measures.values())
+    if statistics is not None:
+        wanted = Wanted(rows=wanted.rows)
+    if references is None or not (wanted.rows or wanted.statistics):
+        found = Extracted(statistics.count or 0 if statistics else 0)
+    else:
+        with reporter.progress("reference", len(references), unit="image") as advance:
+            found = extract(references, extractor, wanted, asked.batch_size, asked.device, advance)
+    if statistics is not None:
+        found.statistics = statistics.statistics
+    return found
+
+
+def _evaluation(
+    asked: Asked,
+    measures: Mapping[str, Measure],
+    extractor: Features,
+    images: ImageSource,
+    found: Extracted,
+    statistics: StatisticsFile | None,
+    given: Extracted,
+    pairs: PairResults | None,
+    preprocessing: Preprocessing | None,
+) -> Evaluation:
+    protocol = asked.protocol
+    reference = reference_record(asked.reference, statistics, given)
+    identity = extractor_record(extractor, protocol)
+    measured = f"{found.count} images: {images.title}"
+    against = f"{reference['count'] or 'an unknown number of'} images: {reference['source']}"
+    figures = [
+        Figure(
+            **finding._asdict(),
+            measured=measured,
+            reference="" if measure.references == Wanted() else against,
+            extractor=f"{identity['name']} {identity['fingerprint']}",
+        )
+        for measure in measures.values()
+        for finding in measure.compute(found, given, protocol, asked.repeats)
+    ]
+    figures += [
+        Figure(**finding._asdict(), measured=measured, reference=f"their counterparts in {against}")
+        for finding in (pairs.findings if pairs is not None else [])
+    ]
+    record = {
+        "protocol": protocol_record(protocol, preprocessing),
+        "extractor": identity,
+        "images": {
+            "source": images.title,
+            "made_by": images.made_by,
+            "count": found.count,
+            "sha256": found.sha256,
+            "jpegs": found.jpegs,
+        },
+        "reference": reference,
+        "batch_size": asked.batch_size,
+        "processes": distributed.world_size(),
+        "device": asked.device,
+        "libraries": library_versions(),
+    }
+    return Evaluation(figures, record, pairs, warnings(asked.protocol, extractor, images, found, statistics))

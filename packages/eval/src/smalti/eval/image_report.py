@@ -1,0 +1,179 @@
+"""The files of an evaluation of images: `results.json`, a report as HTML and Markdown, a table in LaTeX."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+
+import numpy as np
+
+from smalti.core.data.images import grid, png_bytes
+from smalti.core.files import write_bytes, write_json, write_text
+from smalti.eval.figures import Figure
+from smalti.eval.image_charts import precision_recall_chart, psnr_histogram
+from smalti.eval.image_evaluation import Evaluation
+from smalti.eval.image_pairs import Pair, PairResults
+from smalti.eval.report import chart, page_part, picture, table_row, tile
+
+ARROWS = {"higher": "↑", "lower": "↓"}
+LATEX = {"∞": r"$_\infty$", "é": r"\'e", "%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#"}
+
+
+def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
+    """Write all files; what an earlier evaluation left there under the same names is replaced."""
+    write_json(folder / "results.json", evaluation.content())
+    write_text(folder / "report.html", render(evaluation))
+    write_text(folder / "report.md", markdown(evaluation))
+    write_text(folder / "table.tex", latex(evaluation))
+    if evaluation.pairs is not None:
+        write_bytes(folder / "pairs.png", png_bytes(_pairs_grid(evaluation.pairs)))
+
+
+def render(evaluation: Evaluation) -> str:
+    """The report as one HTML file that needs nothing else; the same evaluation gives the same text."""
+    figures = {figure.name: figure for figure in evaluation.figures}
+    libraries = ", ".join(f"{name} {version}" for name, version in evaluation.record["libraries"].items())
+    return Template(page_part("image_report.html")).substitute(
+        style=page_part("style.css"),
+        title=escape(_title(evaluation)),
+        summary=escape(_summary(evaluation)),
+        pair_columns=max(len(evaluation.pairs.worst), 1) if evaluation.pairs else 1,
+        tiles="\n".join(_tiles(figures)),
+        warnings="\n".join(f'<p class="note">{escape(warning)}</p>' for warning in evaluation.warnings),
+        charts=_charts(figures, evaluation.pairs),
+        pairs=_pairs(evaluation.pairs),
+        table="\n".join(table_row(figure) for figure in evaluation.figures),
+        latex=escape(latex(evaluation)),
+        record=escape(json.dumps(evaluation.record, indent=2)),
+        footer=escape(f"{libraries}."),
+    )
+
+
+def markdown(evaluation: Evaluation) -> str:
+    """The figures with their protocol, as Markdown."""
+    record = evaluation.record
+    lines = [
+        f"# {_title(evaluation)}",
+        "",
+        _summary(evaluation),
+        "",
+        "| figure | value | 95 % interval |",
+        "|---|---|---|",
+    ]
+    for figure in evaluation.figures:
+        ends = f"{figure.interval[0]:.4g} to {figure.interval[1]:.4g}" if figure.interval else ""
+        lines.append(f"| {figure.title} {ARROWS[figure.better]} | {figure.text()} | {ends} |")
+    lines += ["", *(f"> {warning}" for warning in evaluation.warnings)]
+    lines += ["", "## How they were measured", ""]
+    lines += [f"- **{figure.title}**: {figure.definition}" for figure in evaluation.figures]
+    lines += [
+        f"- images: {record['images']['source']}, {record['images']['count']}, {record['images']['sha256'][:16]}",
+        f"- reference: {record['reference']['source']}, {record['reference']['sha256'][:16]}",
+        f"- extractor: {record['extractor']['name']} {record['extractor']['fingerprint']}",
+        f"- versions: {', '.join(f'{name} {version}' for name, version in record['libraries'].items())}",
+    ]
+    if evaluation.pairs is not None:
+        lines += ["", "The worst and the best by PSNR, originals above:", "", "![pairs](pairs.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def latex(evaluation: Evaluation) -> str:
+    """A table to paste into a paper; the comment says under which protocol its numbers hold."""
+    record, figures = evaluation.record, evaluation.figures
+    arrows = {"higher": r"$\uparrow$", "lower": r"$\downarrow$"}
+    heads = [f"{_escaped(figure.title)} {arrows[figure.better]}" for figure in figures]
+    values = [_digits(figure) for figure in figures]
+    return "\n".join(
+        [
+            f"% protocol {record['protocol']['name']}, {record['images']['count']} images, "
+            f"reference {record['reference']['sha256'][:16]}, extractor {record['extractor']['fingerprint']}",
+            rf"\begin{{tabular}}{{l{'r' * len(figures)}}}",
+            r"\hline",
+            rf"Method & {' & '.join(heads)} \\",
+            r"\hline",
+            rf"Ours & {' & '.join(values)} \\",
+            r"\hline",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def _escaped(text: str) -> str:
+    return "".join(LATEX.get(letter, letter) for letter in text)
+
+
+def _digits(figure: Figure) -> str:
+    """As papers print them: without a unit, shares as numbers."""
+    return f"{figure.value:.{4 if abs(figure.value) < 1 and figure.unit != 'share' else 2}f}"
+
+
+def _title(evaluation: Evaluation) -> str:
+    return f"{evaluation.record['images']['count']} images, protocol {evaluation.record['protocol']['name']}"
+
+
+def _summary(evaluation: Evaluation) -> str:
+    record = evaluation.record
+    against = record["reference"]
+    count = f"{against['count']} images" if against["count"] else "a number of images that the file does not tell"
+    kind = "statistics of " if against["kind"] == "statistics" else ""
+    return f"{record['images']['source']} against {against['source']} ({kind}{count})."
+
+
+def _tiles(figures: dict[str, Figure]) -> list[str]:
+    tiles = []
+    for figure in figures.values():
+        ends = f"95 % between {figure.interval[0]:.4g} and {figure.interval[1]:.4g}" if figure.interval else ""
+        tiles.append(tile(figure.title, figure.text(), ends or f"{figure.better} is better"))
+    return tiles
+
+
+def _charts(figures: dict[str, Figure], pairs: PairResults | None) -> str:
+    drawn = []
+    if {"precision", "recall"} <= figures.keys():
+        drawing = precision_recall_chart(figures["precision"].value, figures["recall"].value)
+        drawn.append(chart("Precision and recall", drawing))
+    if pairs is not None:
+        drawn.append(chart("PSNR of the images", psnr_histogram(pairs.psnr)))
+    if not drawn:
+        return ""
+    return f'<section><h2>Charts</h2><div class="charts two">{"".join(drawn)}</div></section>'
+
+
+def _pairs(pairs: PairResults | None) -> str:
+    if pairs is None:
+        return ""
+    return (
+        "<section><h2>Worst and best reconstructions</h2>"
+        '<p class="about">By PSNR; the numbers are decibels and the names those of the images.</p>'
+        f"{_strip('Worst', pairs.worst)}{_strip('Best', pairs.best)}</section>"
+    )
+
+
+def _strip(title: str, pairs: Sequence[Pair]) -> str:
+    cells = "".join(
+        f'<div class="pair" title="{escape(pair.name)}">{picture(pair.reference.numpy())}{picture(pair.image.numpy())}'
+        f"<small>{pair.psnr:.1f}</small></div>"
+        for pair in pairs
+    )
+    return (
+        f'<div class="card strips"><h3>{title}</h3><div class="pairs"><div class="sides"><span>original</span>'
+        f'<span>decoded</span></div><div class="all">{cells}</div></div></div>'
+    )
+
+
+def _pairs_grid(pairs: PairResults) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """Four rows: the worst, originals above reconstructions, then the best; each image at the upper left."""
+    rows = [
+        part
+        for group in (pairs.worst, pairs.best)
+        for part in zip(*((p.reference, p.image) for p in group), strict=True)
+    ]
+    height, width = (max(image.shape[axis] for row in rows for image in row) for axis in (0, 1))
+    places = np.full((len(rows) * len(rows[0]), height, width, 3), 255, np.uint8)
+    for place, image in zip(places, (image for row in rows for image in row), strict=True):
+        place[: image.shape[0], : image.shape[1]] = image.numpy()
+    return grid(places, len(rows[0]))

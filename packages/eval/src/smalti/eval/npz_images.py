@@ -1,0 +1,135 @@
+"""Images in the `.npz` files of ADM: `arr_0`, read in batches and never as a whole.
+
+Legend: N images, B images of a batch, H W pixels.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smalti.core.errors import UserError
+
+IMAGES = "arr_0"
+LOCAL_HEADER = 30  # bytes of a zip file before a member's name
+
+
+class NpzImages:
+    """The images of an `.npz` file: read where they lie if they are stored plainly, else unpacked as a stream.
+
+    They are read and not mapped, because mapped pages count as memory of the process for as long as there is room.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UserError: no such file, damaged, or `arr_0` is not uint8 `(N, H, W, 3)`.
+
+    Attributes:
+        shape: `(N, H, W, 3)`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with opened_member(path, IMAGES) as (_, shape, dtype):
+            if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
+                raise UserError(f"{path}: images are arr_0 uint8 (N, H, W, 3), but it is {dtype} {shape}")
+        self.shape: tuple[int, ...] = shape
+        self._offset = _offset(path, shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def batches(self, size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Batches `rank`, `rank + world_size`, ... of `size` images uint8 `(B, H, W, 3)`, after their first index."""
+        starts = range(0, len(self), size)
+        image = int(np.prod(self.shape[1:]))
+        if self._offset is not None:
+            with self.path.open("rb") as plain:
+                for start in starts[rank::world_size]:
+                    plain.seek(self._offset + start * image)
+                    count = min(size, len(self) - start)
+                    yield start, _pixels(exactly(self.path, plain, count * image), (count, *self.shape[1:]))
+            return
+        with opened_member(self.path, IMAGES) as (file, _, _):
+            for number, start in enumerate(starts):
+                count = min(size, len(self) - start)
+                content = exactly(self.path, file, count * image)
+                if number % world_size == rank:
+                    yield start, _pixels(content, (count, *self.shape[1:]))
+
+
+@contextmanager
+def opened_member(path: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]]:
+    """A member of an `.npz` file at the start of its values, with their shape and type.
+
+    Raises:
+        UserError: the file is missing or damaged, has no such member, or has it in column order.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, column_order, dtype = read(file)
+            if column_order and len(shape) > 1:
+                raise UserError(f"{path}: {name} is in column order, expected rows first as numpy saves by default")
+            yield file, shape, dtype
+    except KeyError:
+        raise UserError(f"{path} has no array {name}") from None
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path} is damaged or not an .npz file: {error}") from None
+
+
+def exactly(path: Path, file: IO[bytes], count: int) -> bytes:
+    """The next `count` bytes of a member.
+
+    Raises:
+        UserError: it ends before.
+    """
+    content = file.read(count)
+    if len(content) != count:
+        raise UserError(f"{path} is damaged: it ends after {len(content)} of {count} bytes")
+    return content
+
+
+def array_names(path: Path) -> set[str]:
+    """The names of the arrays of an `.npz` file.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{path} is damaged or not an .npz file: {error}") from None
+
+
+def _pixels(content: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    return np.frombuffer(bytearray(content), np.uint8).reshape(shape)
+
+
+def _offset(path: Path, shape: tuple[int, ...]) -> int | None:
+    """Where in the file the first image begins, None where they are compressed."""
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(f"{IMAGES}.npy")
+    if member.compress_type != zipfile.ZIP_STORED:
+        return None
+    with path.open("rb") as file:
+        file.seek(member.header_offset)
+        header = file.read(LOCAL_HEADER)
+    name, extra = (int.from_bytes(header[place : place + 2], "little") for place in (26, 28))
+    end = member.header_offset + LOCAL_HEADER + name + extra + member.file_size
+    return end - int(np.prod(shape))  # the values are the last of the member
