@@ -18,7 +18,10 @@ PACKAGES = ("core", "quant", "gaussian", "generation", "eval")
 EXTRAS = {"core": "[arrow,pretrained,train,turbo,test]", "eval": "[pipeline,pretrained]", "gaussian": "[cpu,fit]"}
 # Trackers with many dependencies of their own, which no test needs.
 WITHOUT = ("--no-extra", "trackio", "--no-extra", "wandb")
-TEST_NEEDS = ("pytest>=8.3", "hypothesis>=6.100", "pytest-benchmark>=5.1")
+TEST_NEEDS = ("pytest>=8.3", "hypothesis>=6.100", "pytest-benchmark>=5.1", "pytest-xdist>=3.6")
+# A process of one thread per core; the tests of a file share one, and with it what they prepare.
+PARALLEL = ("-n", "auto", "--dist", "loadfile")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 def sync(session: nox.Session, *arguments: str) -> None:
@@ -32,7 +35,7 @@ def sync(session: nox.Session, *arguments: str) -> None:
 def tests(session: nox.Session) -> None:
     """All tests of the workspace; arguments go to pytest, e.g. `-- -m "not slow"`."""
     sync(session, "--all-packages", "--all-extras", *WITHOUT, "--group", "test")
-    session.run("pytest", "-m", "not gpu", *session.posargs)
+    session.run("pytest", "-m", "not gpu", *PARALLEL, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
@@ -83,7 +86,8 @@ def packages(session: nox.Session, package: str) -> None:
         )
         if "site-packages" not in str(installed):
             session.error(f"smalti.{package} was imported from the source tree: {installed}")
-        session.run("pytest", "-c", str(config), "--rootdir", ".", "-m", "not gpu", "tests", *session.posargs)
+        where = ("-c", str(config), "--rootdir", ".")
+        session.run("pytest", *where, "-m", "not gpu", "tests", *PARALLEL, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session

@@ -94,7 +94,7 @@ def test_options_with_their_path(told):
         "run", "quickstart", "tokenizer.quantizer.codebook_size=many"
     )
     assert told("run", "quickstart", "generator.name=diffusion").endswith(
-        "unknown generator 'diffusion'; installed: ar"
+        "unknown generator 'diffusion'; installed: ar, far, maskgit, rar, var"
     )
 
 

@@ -62,7 +62,7 @@ def _averaged(start: Tensor, weights: list[Tensor], decay: float) -> Tensor:
     for weight in weights:
         with torch.no_grad():
             module.weight.copy_(weight)
-        ema.update(module)
+        ema.update()
     return ema.weights["weight"]
 
 

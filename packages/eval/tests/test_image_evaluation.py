@@ -195,12 +195,16 @@ def test_a_tokenizer_is_measured_in_process(folders, tmp_path):
 
 
 def test_a_generator_is_measured_while_it_samples(prepared, folders, tmp_path):
+    from smalti.core.files import write_json
     from smalti.core.stages.sample import Sample
+    from smalti.core.weights import fingerprint
 
     context = prepared("run")
     tokenizer = Tokenizer.from_pretrained(context.run / "tokenizer")
     generator = context.recipe.generator.build(tokenizer.layout(), 3)
     generator.save_pretrained(context.run / "generator")
+    write_json(context.run / "generator" / "tokenizer.json", {"tokenizer": fingerprint(tokenizer, tokenizer.config())})
+    write_json(context.run / "tokens" / "layout.json", {"classes": ["a", "b", "c"]})
     found = evaluated(f"generator:{context.run.path}", folders[1], ("fid",))
     assert found.record["images"] | {"source": "", "sha256": ""} == {
         "source": "",
@@ -209,10 +213,6 @@ def test_a_generator_is_measured_while_it_samples(prepared, folders, tmp_path):
         "sha256": "",
         "jpegs": 0,
     }
-    from smalti.core.files import write_json
-    from smalti.core.weights import fingerprint
-
-    write_json(context.run / "generator" / "tokenizer.json", {"tokenizer": fingerprint(tokenizer, tokenizer.config())})
     shutil.rmtree(context.run / "samples")
     Sample(context).run()
     stored = evaluated(str(context.run / "samples" / "samples.npz"), folders[1], ("fid",))

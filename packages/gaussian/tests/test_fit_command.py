@@ -179,6 +179,7 @@ def test_ctrl_c_is_told_and_the_same_command_ends_the_fit(tmp_path, monkeypatch,
     random = np.random.default_rng(0)
     Image.fromarray(random.integers(0, 256, (20, 25), dtype=np.uint8)).save(tmp_path / "grey.png")
     out, step = tmp_path / "out", fit_folder.Fitting.steps
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # test runners may ignore it
 
     def pressed(fitting):
         for found in step(fitting):
@@ -189,6 +190,7 @@ def test_ctrl_c_is_told_and_the_same_command_ends_the_fit(tmp_path, monkeypatch,
     monkeypatch.setattr(fit_folder.Fitting, "steps", pressed)
     with pytest.raises(typer.Exit) as caught:
         fit(tmp_path / "grey.png", 20, out, steps=12, gif=True)
+    signal.signal(signal.SIGINT, before)
     assert caught.value.exit_code == 130
     assert capsys.readouterr().err.endswith("smalti: interrupted; the same command goes on from here\n")
     assert (out / "state.safetensors").exists()
