@@ -34,10 +34,18 @@ SHRUNK = (
 OUTPUTS = ("recipe.yaml", "tokenizer", "tokens", "generator", "samples", "metrics.jsonl", "evaluation")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def only_what_is_installed():
+    """Without the toy plugin, whose folder tests of core leave on the import path; for fixtures of modules, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SMALTI_PLUGINS", "-toy")
+        registry.cache_clear()
+        yield
+    registry.cache_clear()
+
+
 @pytest.fixture(autouse=True)
-def fresh_registry(monkeypatch):
-    """What is installed, without the toy plugin, whose folder tests of core leave on the import path."""
-    monkeypatch.setenv("SMALTI_PLUGINS", "-toy")
+def fresh_registry():
     registry.cache_clear()
     yield
     registry.cache_clear()

@@ -59,6 +59,7 @@ def models(run):
 def test_training_lowers_the_losses_of_codes_and_of_geometry(run):
     first, *_, last = run.metrics("train-tokenizer")
     assert last["l2"] < first["l2"]
+    assert len(last["codebook_health"]["usage"]) == 1, "geometry has no codebook that could collapse"
     first, *_, last = run.metrics("train-generator")
     streams = [f"cross_entropy_{stream}" for stream in range(6)]
     # Untrained outputs are zero: every value of a stream is as likely as any other.

@@ -174,7 +174,8 @@ def _measured(context: Context, metrics: Mapping[str, PairMetric], count: int) -
     recipe = context.recipe
     tokenizer = Tokenizer.from_pretrained(context.run / "tokenizer").to(context.device)
     layout, channels = tokenizer.layout(), tokenizer.preprocessing.channels
-    health = CodebookHealth(layout.vocab, None if max(layout.vocab) <= LARGEST_HISTOGRAM else QUEUE)
+    codebooks = layout.vocab[: tokenizer.codebooks]
+    health = CodebookHealth(codebooks, None if max(codebooks) <= LARGEST_HISTOGRAM else QUEUE)
     values: dict[str, list[float] | None] = {name: [] for name in metrics}
     seen = 0
     originals: list[NDArray[np.uint8]] = []
@@ -192,7 +193,7 @@ def _measured(context: Context, metrics: Mapping[str, PairMetric], count: int) -
         images = batch.images.to(context.device)
         seen += len(images)
         tokens = tokenizer.encode(images)
-        health.update(tokens)
+        health.update(tokens[..., : tokenizer.codebooks])
         pair = [to_uint8(pixels).cpu() for pixels in (images, tokenizer.decode(tokens))]
         planes = [pixels[..., :channels].movedim(-1, 1) for pixels in pair]
         for name, metric in metrics.items():

@@ -173,6 +173,11 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         """Ways to show what tokens stand for, by name, for `smalti reconstruct --draw`; most tokenizers have none."""
         return {}
 
+    @property
+    def codebooks(self) -> int:
+        """How many of the first streams are codes, whose use tells of collapse; others are numbers, as of geometry."""
+        return self.layout().streams
+
     @abstractmethod
     def layout(self, image_size: tuple[int, int] | None = None) -> TokenLayout:
         """The layout of the tokens of an image of `(H, W)`, by default of the preprocessing's size."""

@@ -44,14 +44,14 @@ def measure_reconstructions(
     Raises:
         UserError: no image, or images too small for SSIM.
     """
-    health = CodebookHealth(tokenizer.layout().vocab)
+    health = CodebookHealth(tokenizer.layout().vocab[: tokenizer.codebooks])
     noise: list[Tensor] = []
     similarity: list[Tensor] = []
     pairs: list[tuple[Tensor, Tensor]] = []
     channels, seen = tokenizer.preprocessing.channels, 0
     for images in batches:
         tokens = tokenizer.encode(images)
-        health.update(tokens)
+        health.update(tokens[..., : tokenizer.codebooks])
         originals, copies = to_uint8(images), to_uint8(tokenizer.decode(tokens))
         # Grey is repeated in these; one channel tells the same.
         planes = [pixels[..., :channels].movedim(-1, 1) for pixels in (copies, originals)]

@@ -23,15 +23,17 @@ class TokenHealth:
     """Codebook health over the latest tokens of a tokenizer in training.
 
     Args:
-        tokenizer: its layout says which streams and scales there are. Where it has a `quantizer` with one
-            latent position for each token position, distances between codes are told as well.
+        tokenizer: its layout says which streams and scales there are; those of its `codebooks` are looked at. Where
+            it has a `quantizer` with one latent position for each token position, distances between codes are told
+            as well.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         layout = tokenizer.layout()
         scales = [math.prod(grid) for grid in layout.shape] if layout.kind == "scales" else []
-        self.health = CodebookHealth(layout.vocab, QUEUE, scales)
-        self.watch = CollapseWatch(layout.streams)
+        self.codebooks = tokenizer.codebooks
+        self.health = CodebookHealth(layout.vocab[: self.codebooks], QUEUE, scales)
+        self.watch = CollapseWatch(self.codebooks)
         quantizer = getattr(tokenizer, "quantizer", None)
         self.quantizer = quantizer if isinstance(quantizer, Quantizer) and layout.kind != "scales" else None
         self._pending: list[Tensor] = []
@@ -39,7 +41,7 @@ class TokenHealth:
 
     def update(self, tokens: Tensor) -> None:
         """Take in the tokens `(B, L, S)` of a batch; they count when `keep` says so."""
-        self._pending.append(tokens.detach())
+        self._pending.append(tokens.detach()[..., : self.codebooks])
 
     def keep(self, *, good: bool = True) -> None:
         """Count the batches since the last call, or forget them where their update was skipped."""

@@ -92,6 +92,11 @@ class GaussianTokenizer(Tokenizer):
         """`gaussians`: the ellipses on the decoded image."""
         return {"gaussians": self._ellipses}
 
+    @property
+    def codebooks(self) -> int:
+        """The streams of the code; those of the geometry come after them."""
+        return len(self.quantizer.vocab)
+
     def layout(self, image_size: tuple[int, int] | None = None) -> TokenLayout:
         """The layout of an image, which must have the preprocessing's size."""
         size = self.preprocessing.image_size
@@ -145,7 +150,7 @@ class GaussianTokenizer(Tokenizer):
         check_tokens(tokens, self._layout.vocab)
         if tokens.shape[1] != self._layout.positions:
             raise UserError(f"there are {self._layout.positions} Gaussians in an image, got {tokens.shape[1]} tokens")
-        codes = len(self.quantizer.vocab)
+        codes = self.codebooks
         features = self.quantizer.decode(tokens[..., :codes], (tokens.shape[1],))
         return self.embed.gaussians(dequantized(tokens[..., codes:], self.options.geometry_bits), features)
 
