@@ -16,8 +16,8 @@ CASES = Path(__file__).parent / "parity"
 NETWORKS = {
     "name": "composed",
     "preprocessing": {"image_size": 8},
-    "encoder": {"name": "vqgan", "width": 32, "multipliers": [1, 2], "blocks": 1, "attention_levels": [1]},
-    "decoder": {"name": "vqgan", "width": 32, "multipliers": [1, 2], "blocks": 2, "attention_levels": [1]},
+    "encoder": {"name": "vqgan", "width": 32, "multipliers": [1, 2], "blocks": 1},
+    "decoder": {"name": "vqgan", "width": 32, "multipliers": [1, 2], "blocks": 2, "attention_levels": [-1]},
 }
 
 

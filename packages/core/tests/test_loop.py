@@ -111,7 +111,7 @@ class Tokens(Pair):
     def __init__(self):
         super().__init__()
         layout = TokenLayout.scales(((1, 1), (1, 3)), (8,))
-        self.health = TokenHealth(SimpleNamespace(layout=lambda: layout))
+        self.health = TokenHealth(SimpleNamespace(layout=lambda: layout, codebooks=layout.streams))
         self.health.health.queue = self.health.health.scales[1].queue = 64
 
     def objectives(self, models, batch, step):
@@ -202,7 +202,7 @@ class Faulty(Pair):
         self.fail_at, self.where, self.rank = fail_at, where, rank
         self.memory = 0.0
         layout = TokenLayout.sequence(4, (8,))
-        self.health = TokenHealth(SimpleNamespace(layout=lambda: layout))
+        self.health = TokenHealth(SimpleNamespace(layout=lambda: layout, codebooks=layout.streams))
 
     def state_dict(self):
         return {"memory": self.memory}

@@ -28,7 +28,7 @@ class Fit(Task):
         torch.manual_seed(0)
         self.models = {"line": torch.nn.Linear(1, 1)}
         layout = TokenLayout.sequence(1, (256,))
-        self.health = TokenHealth(SimpleNamespace(layout=lambda: layout))
+        self.health = TokenHealth(SimpleNamespace(layout=lambda: layout, codebooks=layout.streams))
         self.seen = []
 
     def objectives(self, models, batch, step):

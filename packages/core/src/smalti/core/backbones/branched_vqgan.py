@@ -72,7 +72,7 @@ class BranchedVQGANEncoder(Encoder):
 
     def __init__(self, options: BranchedVQGANEncoderOptions, channels: int) -> None:
         super().__init__()
-        self.options: BranchedVQGANEncoderOptions = options
+        self.options: BranchedVQGANEncoderOptions = options.counted()
         self.width = len(options.branches) * options.code_width
         self.trunk = VQGANTrunk(options, channels)
         self.branches = nn.ModuleDict({name: Branch(options, self.trunk.width) for name in options.branches})

@@ -68,6 +68,11 @@ class LevelsOptions(Options):
                 raise ValueError(f"attention_levels has {level}, but there are {levels} levels, 0 to {levels - 1}")
         return self
 
+    def counted(self) -> Self:
+        """The same with levels of attention counted from the finest, as published files tell them."""
+        levels = sorted({level % len(self.multipliers) for level in self.attention_levels})
+        return self.model_copy(update={"attention_levels": tuple(levels)})
+
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of the levels, from fine to coarse."""
@@ -172,7 +177,7 @@ class VQGANEncoder(Encoder):
 
     def __init__(self, options: VQGANEncoderOptions, channels: int) -> None:
         super().__init__()
-        self.options: VQGANEncoderOptions = options
+        self.options: VQGANEncoderOptions = options.counted()
         self.width = options.latent_width
         self.trunk = VQGANTrunk(options, channels)
         self.head = ConvolutionHead(self.trunk.width, self.width, options.last_kernel, options.groups)
@@ -195,7 +200,7 @@ class VQGANDecoder(Decoder):
 
     def __init__(self, options: VQGANDecoderOptions, channels: int) -> None:
         super().__init__()
-        self.options: VQGANDecoderOptions = options
+        self.options: VQGANDecoderOptions = options.counted()
         self.width = options.latent_width
         coarse, fine = options.widths[-1], options.widths[0]
         self.conv_in = nn.Conv2d(self.width, coarse, 3, padding=1)
