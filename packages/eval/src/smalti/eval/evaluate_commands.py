@@ -23,7 +23,7 @@ Changes = Annotated[
     typer.Argument(metavar="[PATH=VALUE]...", help="Options of the protocol, e.g. extractor.weights=FILE."),
 ]
 Count = Annotated[int | None, typer.Option(min=1, help="Take only the first images, or draw so many.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images taken at once; figures do not depend on it.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images taken at once; changes figures by rounding at most.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 
 

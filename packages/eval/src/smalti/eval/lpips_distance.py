@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from smalti.core.checkpoints.file import read_checkpoint
 from smalti.core.errors import UserError
 from smalti.core.losses.lpips import LPIPSDistance, heads_file
-from smalti.core.losses.vgg import SCALE, SHIFT, load_vgg16, vgg16_tensors
+from smalti.core.losses.vgg import TappedLayers, load_vgg16, torchvision_names
 from smalti.core.losses.weight_files import fill, weight_file
 from smalti.eval.pairwise import unit_range
 
@@ -25,40 +25,20 @@ ALEXNET_WIDTHS = (64, 192, 384, 256, 256)
 _CONVOLUTIONS = ((11, 4, 2, False), (5, 1, 2, True), (3, 1, 1, True), (3, 1, 1, False), (3, 1, 1, False))
 
 
-class AlexNet(nn.Module):
-    """Images `(B, 3, H, W)` in [-1, 1] to the features after its five convolutions (Krizhevsky 2014).
-
-    Attributes:
-        features: the layers, numbered as in torchvision, whose file fills them.
-    """
-
-    shift: Tensor
-    scale: Tensor
+class AlexNet(TappedLayers):
+    """The features after its five convolutions (Krizhevsky 2014)."""
 
     def __init__(self) -> None:
-        super().__init__()
         layers: list[nn.Module] = []
-        self.taps: list[int] = []
+        taps: list[int] = []
         before = 3
         for width, (kernel, stride, padding, pooled) in zip(ALEXNET_WIDTHS, _CONVOLUTIONS, strict=True):
             if pooled:
                 layers.append(nn.MaxPool2d(3, 2))
             layers += [nn.Conv2d(before, width, kernel, stride, padding), nn.ReLU()]
-            self.taps.append(len(layers) - 1)
+            taps.append(len(layers) - 1)
             before = width
-        self.features = nn.Sequential(*layers)
-        self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Five maps `(B, D, h, w)`."""
-        x = (images - self.shift) / self.scale
-        found = []
-        for index, layer in enumerate(self.features):
-            x = layer(x)
-            if index in self.taps:
-                found.append(x)
-        return found
+        super().__init__(layers, taps)
 
 
 def load_alexnet(given: Path | None) -> AlexNet:
@@ -69,7 +49,7 @@ def load_alexnet(given: Path | None) -> AlexNet:
     """
     path = weight_file(given, option="backbone", what="AlexNet", url=ALEXNET_URL)
     network = AlexNet()
-    fill(network, vgg16_tensors(read_checkpoint(path)), path)
+    fill(network, torchvision_names(read_checkpoint(path)), path)
     return network
 
 

@@ -5,7 +5,7 @@ Legend: B batch, H W pixels, D channels of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,34 +22,26 @@ SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 
 
-class VGG16(nn.Module):
-    """Images `(B, 3, H, W)` in [-1, 1] to the features after relu1_2, 2_2, 3_3, 4_3 and 5_3.
+class TappedLayers(nn.Module):
+    """Images `(B, 3, H, W)` in [-1, 1], normalised as LPIPS does, to the outputs of some of the layers.
 
-    Attributes:
-        features: the layers, numbered as in torchvision, whose file fills them.
+    Args:
+        layers: one after the other, numbered as in torchvision, whose files fill them.
+        taps: numbers of the layers whose outputs are wanted.
     """
 
     shift: Tensor
     scale: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Sequence[nn.Module], taps: Sequence[int]) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        self.taps: list[int] = []
-        before = 3
-        for width, depth in zip(WIDTHS, DEPTHS, strict=True):
-            if layers:
-                layers.append(nn.MaxPool2d(2))
-            for _ in range(depth):
-                layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
-                before = width
-            self.taps.append(len(layers) - 1)
         self.features = nn.Sequential(*layers)
+        self.taps = tuple(taps)
         self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Five maps `(B, D, h, w)`."""
+        """Maps `(B, D, h, w)`, one for each tap."""
         x = (images - self.shift) / self.scale
         found = []
         for index, layer in enumerate(self.features):
@@ -57,6 +49,23 @@ class VGG16(nn.Module):
             if index in self.taps:
                 found.append(x)
         return found
+
+
+class VGG16(TappedLayers):
+    """The features after relu1_2, 2_2, 3_3, 4_3 and 5_3."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        taps: list[int] = []
+        before = 3
+        for width, depth in zip(WIDTHS, DEPTHS, strict=True):
+            if layers:
+                layers.append(nn.MaxPool2d(2))
+            for _ in range(depth):
+                layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
+                before = width
+            taps.append(len(layers) - 1)
+        super().__init__(layers, taps)
 
 
 def load_vgg16(given: Path | None) -> VGG16:
@@ -67,11 +76,11 @@ def load_vgg16(given: Path | None) -> VGG16:
     """
     path = weight_file(given, option="vgg", what="VGG16", url=URL)
     network = VGG16()
-    fill(network, vgg16_tensors(read_checkpoint(path)), path)
+    fill(network, torchvision_names(read_checkpoint(path)), path)
     return network
 
 
-def vgg16_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def torchvision_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The names of LPIPS, `net.slice1.0.weight`, as torchvision's, `features.0.weight`; those stay."""
     found = {}
     for name, tensor in tensors.items():
