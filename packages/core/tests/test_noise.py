@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smalti.core.noise import mixed_seed, uniform
+from smalti.core.noise import mixed_seed, uniform, uniform_steps
 
 
 def test_it_is_uniform_and_independent():
@@ -28,6 +28,8 @@ def test_it_is_uniform_and_independent():
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2**31), st.lists(st.integers(0, 10**9), min_size=1, max_size=5))
 def test_a_value_depends_on_its_own_coordinates_alone(seed, step, samples):
     together = uniform(seed, torch.tensor(samples), step, lanes=3)
+    steps = range(max(step - 2, 0), step + 2)
+    assert torch.equal(uniform_steps(seed, torch.tensor(samples), steps, lanes=3)[:, steps.index(step)], together)
     for row, sample in zip(together, samples, strict=True):
         assert torch.equal(uniform(seed, torch.tensor([sample]), step, lanes=3)[0], row)
         assert torch.equal(uniform(seed, torch.tensor([sample]), step)[0], row[:1])

@@ -113,6 +113,27 @@ def test_draws_follow_the_probabilities(logits: Tensor) -> None:
         assert bool(((counts - expected).abs() <= 1 + 1e-3).all())
 
 
+@pytest.mark.parametrize("codes", [1, 2, 9, 250, 16384])
+def test_a_draw_is_the_first_code_beyond_the_number(codes: int) -> None:
+    """What a single cumulative sum over all codes would find, at numbers in the middle between its steps."""
+    logits = 3 * torch.randn(1, codes, generator=torch.Generator().manual_seed(codes))
+    logits[:, 1::7] = -torch.inf
+    probabilities = logits.softmax(-1).double()[0]
+    ends = probabilities.cumsum(-1) / probabilities.sum()
+    numbers = (ends - probabilities / 2)[:, None]
+    possible = probabilities > 1e-12
+    drawn = inverse_cdf(logits.expand(codes, -1), numbers)
+    assert torch.equal(drawn[possible], torch.arange(codes)[possible])
+
+
+def test_noise_of_tokens_one_by_one_is_that_of_their_steps() -> None:
+    logits, indices = torch.randn(3, 30, generator=torch.Generator().manual_seed(1)), torch.tensor([5, 0, 7])
+    chosen = SamplingSettings(seed=4)
+    sampler = TokenSampler(chosen, indices, 6, streams=2)
+    drawn = [sampler.draw(logits, step, stream) for step in range(6) for stream in range(2)]
+    assert all(torch.equal(one, next_tokens(logits, chosen, indices, number)) for number, one in enumerate(drawn))
+
+
 @pytest.mark.parametrize("number", [0.0, 1 - 2.0**-53])
 def test_draws_nothing_that_is_filtered_out(number: float) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -44,11 +44,18 @@ def uniform(seed: int, samples: Tensor, step: int, lanes: int = 1) -> Tensor:
         step: of the sampler; every draw of one sample needs a step or a lane of its own.
         lanes: how many independent values per sample.
     """
+    return uniform_steps(seed, samples, range(step, step + 1), lanes)[:, 0]
+
+
+def uniform_steps(seed: int, samples: Tensor, steps: range, lanes: int = 1) -> Tensor:
+    """What `uniform` gives for each of several steps: float64 `(B, steps, lanes)`."""
+    device = samples.device
     state = _mixed(torch.full_like(samples, seed, dtype=torch.int64) + _GAMMA)
     state = _mixed(state ^ (samples.to(torch.int64) + 1) * _GAMMA)
-    state = _mixed(state + _signed((step + 1) * _FIRST))
-    lane = torch.arange(1, lanes + 1, device=samples.device) * _GAMMA
-    bits = _shifted(_mixed(state[:, None] + lane), 11)
+    step = torch.arange(steps.start + 1, steps.stop + 1, device=device) * _FIRST
+    state = _mixed(state[:, None] + step)
+    lane = torch.arange(1, lanes + 1, device=device) * _GAMMA
+    bits = _shifted(_mixed(state[:, :, None] + lane), 11)
     return bits.to(torch.float64) * 2.0**-53
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from smalti.generation.huge_pages import USE, ask_for_huge_pages
+
 
 class LayerCache:
     """Keys and values of one attention layer.
@@ -21,6 +23,9 @@ class LayerCache:
     ) -> None:
         self._keys = torch.empty(batch, heads, capacity, head_dim, dtype=dtype, device=device)
         self._values = torch.empty_like(self._keys)
+        if device.type == "cpu":
+            for part in (self._keys, self._values):
+                ask_for_huge_pages(part.data_ptr(), part.nbytes, USE)
         self.length = 0
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,10 +16,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from smalti.generation.huge_pages import COLLAPSE, ask_for_huge_pages
+
 Precision = Literal["full", "bfloat16", "int8"]
 Product = Callable[[Tensor], Tensor]
 
-_OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")
+_OPERATORS = ("_reorder_linear_weight", "_linear_pointwise", "data_ptr", "_nbytes")
 
 _INT8_INPUTS = 16
 
@@ -73,13 +75,19 @@ def _product(layer: nn.Linear, precision: Precision) -> Product:
     return known[1]
 
 
+def _reordered(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    ask_for_huge_pages(torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed), COLLAPSE)
+    return packed
+
+
 def _full(weight: Tensor, bias: Tensor | None) -> Product:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+    packed = _reordered(weight.contiguous())
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 def _bfloat16(weight: Tensor, bias: Tensor | None) -> Product:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), None)
+    packed = _reordered(weight.bfloat16())
     rounded = None if bias is None else bias.bfloat16()
 
     def product(x: Tensor) -> Tensor:

@@ -8,12 +8,14 @@ Legend: B batch, N positions drawn at once, S streams, K codes.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from smalti.core.errors import UserError
-from smalti.core.noise import uniform
+from smalti.core.noise import uniform, uniform_steps
 from smalti.core.sampling_settings import SamplingSettings
 
 
@@ -81,9 +83,16 @@ class TokenSampler:
         Returns:
             `(B,)` or `(B, N)` int64.
         """
-        settings = self._settings[stream]
+        settings, number = self._settings[stream], step * len(self._settings) + stream
         logits = self.guided(logits, step, stream, progress)
-        return next_tokens(logits, settings, self._indices, step * len(self._settings) + stream)
+        if logits.dim() == 2 and settings.temperature != 0:
+            return _drawn(logits, settings, self._one_by_one[:, number])
+        return next_tokens(logits, settings, self._indices, number)
+
+    @cached_property
+    def _one_by_one(self) -> Tensor:
+        """The noise of all draws `(B, steps * S, 1)` where each is of one token: in one go, not in a thousand."""
+        return uniform_steps(self._settings[0].seed, self._indices, range(self._steps * len(self._settings)))
 
     def guided(self, logits: Tensor, step: int, stream: int = 0, progress: float | None = None) -> Tensor:
         """The guided logits `(B, ...)` of a step, out of those of both halves where guidance is on."""
@@ -133,7 +142,10 @@ def next_tokens(logits: Tensor, settings: SamplingSettings, indices: Tensor, ste
     """
     if settings.temperature == 0:
         return logits.argmax(-1)
-    noise = uniform(settings.seed, indices, step, lanes=math.prod(logits.shape[1:-1]))
+    return _drawn(logits, settings, uniform(settings.seed, indices, step, lanes=math.prod(logits.shape[1:-1])))
+
+
+def _drawn(logits: Tensor, settings: SamplingSettings, noise: Tensor) -> Tensor:
     return inverse_cdf(filtered(logits.flatten(0, -2), settings), noise.reshape(-1, 1)).view(logits.shape[:-1])
 
 
@@ -145,7 +157,7 @@ def filtered(logits: Tensor, settings: SamplingSettings) -> Tensor:
     assert not isinstance(p, tuple)
     if temperature == 0:
         return top_k(logits, 1)
-    rows = at_temperature(logits, temperature)
+    rows = logits if temperature == 1 else at_temperature(logits, temperature)
     if k:
         rows = top_k(rows, k)
     return top_p(rows, p, among=k) if p < 1 else rows
@@ -214,8 +226,20 @@ def inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         `(B,)` int64; never a code of probability 0.
     """
-    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    # The product may round up to the total, beyond the last code that has any probability.
-    target = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    # First the run of codes, then the code within it: a cumulative sum over all of them is slow, as each step waits for
+    # the one before.
+    run = math.isqrt(logits.shape[-1])
+    runs = F.pad(logits.softmax(-1), (0, -logits.shape[-1] % run)).unflatten(-1, (-1, run))
+    ends = runs.sum(-1, dtype=torch.float64).cumsum(-1)
+    chosen, target = _first_beyond(ends, uniform * ends[:, -1:])
+    rest = target - F.pad(ends, (1, 0)).gather(-1, chosen)
+    within = runs.gather(1, chosen[:, :, None].expand(-1, -1, run)).squeeze(1)
+    code, _ = _first_beyond(within.cumsum(-1, dtype=torch.float64), rest)
+    return (chosen * run + code).squeeze(-1)
+
+
+def _first_beyond(cumulative: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The first place of each row `(B, K)` that exceeds the target `(B, 1)`, and the target, moved below the last."""
+    # A product, or a sum in another order, may have rounded up to the total, beyond all that has any probability.
+    target = torch.minimum(target, cumulative[:, -1:].nextafter(torch.zeros_like(target)))
+    return torch.searchsorted(cumulative, target, right=True), target
