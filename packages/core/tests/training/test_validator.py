@@ -14,6 +14,7 @@ from smalti.core.data.images import to_uint8
 from smalti.core.data.loader import read_images
 from smalti.core.errors import UserError
 from smalti.core.options import FeaturesOptions
+from smalti.core.plugins import registry
 from smalti.core.progress import Reporter
 from smalti.core.run_folder import RunFolder
 from smalti.core.testing.processes import run_in_processes
@@ -107,6 +108,30 @@ def test_without_averages_pictures_and_best(tokenizer, run):
     assert found.keys() == {"weights"}
     assert found["weights"].keys() == {"difference", "rfid"}
     assert not run.path.exists()
+
+
+def test_images_that_are_too_small_for_a_metric(tokenizer, run, monkeypatch):
+    def refuse(*_):
+        raise UserError("too small")
+
+    options = registry().options("metric", "difference")
+    metric = options().build()
+    monkeypatch.setattr(options, "build", lambda _: type(metric)(metric.unit, metric.definition, refuse))
+    assert validator(tokenizer(), run, best=None)(5, None, None) == {"weights": {}}
+    with pytest.raises(UserError) as told:
+        validator(tokenizer(), run)(5, None, None)
+    assert str(told.value) == (
+        "train.tokenizer.validation.best: 'difference' cannot be told of images of 8 pixels, which are too small for it"
+    )
+
+
+def test_no_image_to_look_at(tokenizer, run):
+    for path in (run.path.parent / "images" / "only").iterdir():
+        path.write_bytes(b"no image")
+    look = validator(tokenizer(), run)
+    look.max_undecodable, look.reporter = 100, Reporter(quiet=True)
+    with pytest.raises(UserError, match=r"^there is no image in images, the recipe's data.validation$"):
+        look(5, None, None)
 
 
 def test_the_best_distance_without_features(tokenizer, run):
