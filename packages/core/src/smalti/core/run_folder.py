@@ -22,7 +22,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +125,7 @@ class RunFolder:
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl` that a stage wrote."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        parsed = [json.loads(line) for line in lines if line.endswith("}")]
-        return [line for line in parsed if line["stage"] == stage]
+        return [line for _, line in self._metrics() if line["stage"] == stage]
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add one line to `metrics.jsonl`."""
@@ -138,16 +135,16 @@ class RunFolder:
     def rewind_metrics(self, stage: str, step: int) -> None:
         """Drop what a stage wrote after `step`: those steps will be done again."""
         path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for text in path.read_text().splitlines():
-            if not text.endswith("}"):  # the line at which a process was killed
-                continue
-            line = json.loads(text)
-            if line["stage"] != stage or line["step"] <= step:
-                kept.append(text + "\n")
-        write_text(path, "".join(kept))
+        if path.exists():
+            kept = [text for text, line in self._metrics() if line["stage"] != stage or line["step"] <= step]
+            write_text(path, "".join(f"{text}\n" for text in kept))
+
+    def _metrics(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The lines of `metrics.jsonl`, as they stand there and parsed; not one at which a process was killed."""
+        path = self.path / "metrics.jsonl"
+        for text in path.read_text().splitlines() if path.exists() else ():
+            with suppress(json.JSONDecodeError):
+                yield text, json.loads(text)
 
 
 def fingerprint(content: Any) -> str:
