@@ -13,6 +13,7 @@ from smalti.core.data.folders import FolderOptions
 from smalti.core.data.images import to_uint8
 from smalti.core.data.loader import read_images
 from smalti.core.errors import UserError
+from smalti.core.frechet import frechet_distance_of_rows
 from smalti.core.options import FeaturesOptions
 from smalti.core.plugins import registry
 from smalti.core.progress import Reporter
@@ -20,7 +21,7 @@ from smalti.core.run_folder import RunFolder
 from smalti.core.testing.processes import run_in_processes
 from smalti.core.training.options import Validation
 from smalti.core.training.sharding import divided, shard
-from smalti.core.training.validator import Validator, frechet_distance
+from smalti.core.training.validator import Validator
 
 
 class PixelsOptions(FeaturesOptions):
@@ -191,16 +192,16 @@ def test_two_processes_find_what_one_finds(tokenizer, run, sharded):
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.integers(2, 8), st.integers(2, 8), st.integers(0, 1000))
-def test_frechet_distance_is_its_formula(images, width, seed):
+@given(st.integers(2, 8), st.integers(2, 8), st.integers(2, 8), st.integers(0, 1000))
+def test_frechet_distance_is_its_formula(images, others, width, seed):
     generator = torch.Generator().manual_seed(seed)
-    a, b = torch.randn(2, images, width, dtype=torch.float64, generator=generator)
+    a, b = (torch.randn(count, width, dtype=torch.float64, generator=generator) for count in (images, others))
     values = torch.linalg.eigvals(a.T.cov() @ b.T.cov()).real.clamp(min=0)
     expected = (a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * values.sqrt().sum()
-    assert frechet_distance(a, b) == pytest.approx(float(expected), abs=1e-5)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance_of_rows(a, b) == pytest.approx(float(expected), abs=1e-5)
+    assert frechet_distance_of_rows(a, a) == pytest.approx(0, abs=1e-9)
 
 
 def test_one_image_has_no_distance():
     with pytest.raises(UserError, match=r"^a Frechet distance needs at least 2 images, got 1$"):
-        frechet_distance(torch.zeros(1, 3), torch.zeros(1, 3))
+        frechet_distance_of_rows(torch.zeros(1, 3), torch.zeros(1, 3))

@@ -25,6 +25,7 @@ from smalti.core.data.images import grid, png_bytes, to_uint8
 from smalti.core.data.loader import Batch, IndexedBatch, read_images
 from smalti.core.errors import UserError
 from smalti.core.files import write_bytes, write_json
+from smalti.core.frechet import frechet_distance_of_rows
 from smalti.core.metrics import pair_metrics, values_of
 from smalti.core.plugins import registry
 from smalti.core.progress import Reporter
@@ -162,7 +163,7 @@ class Validator:
         found = {name: fmean(numbers) for name, numbers in values.items() if numbers}
         if self.features is not None:
             real, made = (torch.cat([*chain(*sets)]) for sets in ([p.real for p in parts], [p.made for p in parts]))
-            found["rfid"] = frechet_distance(real, made)
+            found["rfid"] = frechet_distance_of_rows(real, made)
         return found, [pair for part in parts for pair in part.pairs][: self.options.pictures]
 
     @torch.no_grad()
@@ -248,27 +249,6 @@ def replaced(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]
         # Asked for again: that drops what sharded modules have gathered meanwhile.
         for name, tensor in module.state_dict().items():
             tensor.copy_(own[name])
-
-
-def frechet_distance(real: Tensor, made: Tensor) -> float:
-    """The squared Frechet distance between Gaussians fitted to two sets of features `(N, D)` (Heusel et al. 2017).
-
-    With centred features X and Y the trace of the root of the product of both covariances is the sum of the singular
-    values of X Y^T / (N - 1): no matrix here is larger than the smaller one of N and D.
-
-    Raises:
-        UserError: fewer than two images.
-    """
-    if len(real) < 2:
-        raise UserError(f"a Frechet distance needs at least 2 images, got {len(real)}")
-    sets = [features.double() for features in (real, made)]
-    means = [features.mean(0) for features in sets]
-    x, y = (features - mean for features, mean in zip(sets, means, strict=True))
-    variances = (x.square().sum() + y.square().sum()) / (len(sets[0]) - 1)
-    if len(x) > x.shape[1]:  # the triangular factors have the same products of few rows
-        x, y = (torch.linalg.qr(features, mode="r").R for features in (x, y))
-    root = torch.linalg.svdvals(x @ y.T).sum() / (len(sets[0]) - 1)
-    return max(float((means[0] - means[1]).square().sum() + variances - 2 * root), 0.0)
 
 
 def _advice(metric: str) -> str:
