@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, few
 from smalti.core.files import disk_errors, read_json, remove_temporaries, write_json, write_text
 from smalti.core.overrides import differences
 from smalti.core.recipe import Recipe, dump_recipe, load_recipe
@@ -75,9 +75,8 @@ class RunFolder:
             raise UserError(f"the recipe in {self.path} cannot be read ({error}); --force replaces it") from None
         found = differences(there, recipe.decisive())
         if found:
-            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
             raise UserError(
-                f"{self.path} holds a run of another recipe ({'; '.join(found[:5])}{more}); choose another folder "
+                f"{self.path} holds a run of another recipe ({few(found, 5, between='; ')}); choose another folder "
                 f"with --out, or --force to redo what depends on it"
             )
 
