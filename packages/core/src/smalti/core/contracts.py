@@ -343,6 +343,12 @@ def check_images(images: Tensor, channels: int) -> None:
         )
 
 
+def check_pixels(images: Tensor) -> None:
+    """Raise a `UserError` unless `images` is uint8 `(B, H, W, 3)`, as networks that judge images take them."""
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != torch.uint8:
+        raise UserError(f"images must be uint8 (B, H, W, 3), got {images.dtype} {tuple(images.shape)}")
+
+
 def grid_of(image_size: tuple[int, int], step: int) -> tuple[int, int]:
     """`(H / step, W / step)` of an image; a `UserError` unless both sides are multiples of the step."""
     height, width = image_size
