@@ -2,21 +2,33 @@
 
 import os
 import shutil
+import sys
+import warnings
 
 import numpy as np
 import pytest
 
+from smalti.core.cli import main
 from smalti.core.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def told(smalti, shrunk):
-    """Run a command that must fail; its one line."""
+def told(smalti, monkeypatch, capsys):
+    """Run a command that must fail, in this process, which has everything imported already; its one line."""
+    monkeypatch.chdir(smalti.folder)
+    # What the command line changes in its process comes back at the end.
+    monkeypatch.setenv("GOMP_SPINCOUNT", os.environ.get("GOMP_SPINCOUNT", "1000"))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
 
     def told(*arguments):
-        _, stderr = smalti(*arguments, code=2)
+        monkeypatch.setattr(sys, "argv", ["smalti", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 2
+        stderr = capsys.readouterr().err
         lines = [line for line in stderr.splitlines() if line.startswith("smalti: ")]
         assert len(lines) == 1, stderr
         assert "Traceback" not in stderr

@@ -68,7 +68,7 @@ def test_replicas_end_with_equal_weights(smalti, shrunk):
 @pytest.mark.parametrize("stage", ["tokenizer", "generator"])
 def test_a_stage_goes_on_in_two_processes_and_then_in_one(smalti, shrunk, stage):
     """Killed at its first checkpoint, then in two processes up to their first one, then in one to the end."""
-    long = (*shrunk, f"train.{stage}.steps=600")
+    long = (*shrunk, f"train.{stage}.steps=300")
     run = RunFolder(smalti.folder / "run")
     if stage == "generator":
         smalti("train", "tokenizer", "quickstart", *long, "--out", "run")
@@ -87,10 +87,10 @@ def test_a_stage_goes_on_in_two_processes_and_then_in_one(smalti, shrunk, stage)
         seen.append((state["step"], len(state["ranks"])))
     smalti(*command)
     (first, one), (second, two) = seen
-    assert 0 < first < second < 600
+    assert 0 < first < second < 300
     assert (one, two) == (1, 2)
     lines = run.metrics(f"train-{stage}")
-    assert [line["step"] for line in lines] == [*range(10, 601, 10)]
+    assert [line["step"] for line in lines] == [*range(10, 301, 10)]
     assert lines[-1][LOSSES[stage]] < lines[0][LOSSES[stage]]
 
 

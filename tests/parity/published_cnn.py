@@ -396,7 +396,7 @@ def vistok(case: Case, parity: ModuleType) -> Stages:
         parity,
         [
             override("preprocessing.image_size", image.shape[-1]),
-            override("quantizer", _vistok_quantizer(kind.removeprefix("models.quantizer."), params)),
+            override("quantizer", vistok_quantizer(kind.removeprefix("models.quantizer."), params)),
         ],
     )
     _check_vistok_networks(tokenizer, config)
@@ -425,7 +425,7 @@ def vistok(case: Case, parity: ModuleType) -> Stages:
     return found
 
 
-def _vistok_quantizer(kind: str, params: dict[str, Any]) -> dict[str, Any]:
+def vistok_quantizer(kind: str, params: dict[str, Any]) -> dict[str, Any]:
     """The quantizer's options; entropy with a weight of 1 where there is one."""
     if kind == "FiniteScalarQuantizer":
         return {"name": "fsq", "levels": known(params, levels=None)["levels"]}

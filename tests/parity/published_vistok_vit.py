@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from published_cnn import Case, Run, Stages, _vistok_quantizer, channel_first, imported, known, losses, override, pair
+from published_cnn import Case, Run, Stages, channel_first, imported, known, losses, override, pair, vistok_quantizer
 from published_layouts import check_layout
 from torch import Tensor
 
@@ -42,7 +42,7 @@ def run(case: Case, parity: ModuleType) -> Stages:
     config = known(case["config"], encoder=None, decoder=None, quantizer=None)
     kind, params = (config["quantizer"][key] for key in ("target", "params"))
     overrides = [
-        override("quantizer", _vistok_quantizer(kind.removeprefix("models.quantizer."), params)),
+        override("quantizer", vistok_quantizer(kind.removeprefix("models.quantizer."), params)),
         *(
             override(f"{half}.heads", config[half].get("params", config[half]).get("n_heads", 8))
             for half in ("encoder", "decoder")

@@ -17,6 +17,7 @@ from smalti.core.contracts import Tokenizer
 from smalti.core.data.images import to_uint8
 from smalti.core.data.loader import read_images
 from smalti.core.errors import UserError
+from smalti.core.plugins import registry
 from smalti.core.recipe import load_recipe
 from smalti.core.step_time import step_times
 
@@ -82,6 +83,15 @@ def test_a_table_a_picture_and_the_same_for_programs(run, table, tmp_path):
     assert "- two: two bits" in lines
     with Image.open(tmp_path / "out" / "comparison.png") as picture:
         assert picture.height == 3 * 64 + 2 * 2
+
+
+def test_metrics_that_lack_their_weights_are_left_out(run, table, tmp_path, monkeypatch):
+    options = registry().options("metric", "difference")
+    monkeypatch.setattr(options, "routine", False)
+    monkeypatch.setattr(options, "build", lambda _: pytest.fail("nobody asked for it"))
+    done = run(table(), "--only", "two", "--out", "out", "--images", "20", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert compared(tmp_path / "out")["definitions"].keys() == {"usage", "perplexity"}
 
 
 def by_hand(folder, count):

@@ -51,8 +51,10 @@ def test_what_killed_writers_leave_is_removed(tmp_path):
         file.write(b"x")
         copy = left.with_name(f".other{files.TEMPORARY}")
         copy.write_bytes(b"half")
+        (tmp_path / f".folder{files.TEMPORARY}").mkdir()
+        (tmp_path / f".folder{files.TEMPORARY}" / f".file{files.TEMPORARY}").write_bytes(b"half")
     files.remove_temporaries(tmp_path)
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "file"]
 
 
 def test_unreadable_json(tmp_path):

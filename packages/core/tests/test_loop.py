@@ -272,10 +272,10 @@ def test_a_training_that_goes_wrong_for_good_ends(context, monkeypatch):
     monkeypatch.setattr(context.reporter, "say", said.append)
     task = Faulty(range(6, 100))
     with pytest.raises(UserError) as raised:
-        run(context, options(steps=50, max_skipped=5), task)
+        run(context, options(steps=50, max_skipped=5, log_every=1), task)
     path = context.run.state / "test.pt"
     assert str(raised.value) == (
-        "test: 6 updates in a row were skipped, and then the loss 'fit' is nan at step 11; lower the learning rate or "
+        "test: 5 updates in a row were skipped, and then the loss 'fit' is nan at step 11; lower the learning rate or "
         f"clip the gradient (what {path} holds is kept)"
     )
     assert len(said) == 5

@@ -88,13 +88,14 @@ def test_one_process_at_a_time_and_kills_release(folder):
         assert (folder.state / "lock").exists()
 
 
-def test_metrics_rewind_to_a_step_and_drop_a_cut_line(folder):
+@pytest.mark.parametrize("cut", ['{"stage": "one", "st', '{"stage": "one", "codebook_health": {"usage": [0.5]}'])
+def test_metrics_rewind_to_a_step_and_drop_a_cut_line(folder, cut):
     folder.path.mkdir()
     for stage in ("one", "two"):
         for step in (2, 4, 6):
             folder.append_metrics({"stage": stage, "step": step, "loss": step / 3})
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"stage": "one", "st')
+        file.write(cut)
     assert [line["step"] for line in folder.metrics("one")] == [2, 4, 6]
     folder.rewind_metrics("one", 4)
     assert [line["step"] for line in folder.metrics("one")] == [2, 4]

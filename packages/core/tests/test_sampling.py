@@ -104,6 +104,25 @@ def test_a_count_per_class_and_files(run_with):
         np.testing.assert_array_equal(np.asarray(image), images[0])
 
 
+def test_a_restart_after_a_kill_while_chunks_are_removed(run_with, monkeypatch):
+    whole, _ = drawn(run_with("whole", count=11, batch_size=4))
+
+    def killed(folder):
+        (folder / "batch_size.json").unlink()
+        raise KeyboardInterrupt
+
+    run = run_with(count=11)
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling_run, "LARGEST_BATCH", 4)
+        patch.setattr(sampling_run.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.draw(QUIET)
+    monkeypatch.setattr(sampling_run, "LARGEST_BATCH", 2)
+    again, _ = drawn(run)
+    np.testing.assert_array_equal(again, whole)
+    assert sorted(path.name for path in run.folder.iterdir()) == ["grid.png", "samples.npz"]
+
+
 def test_a_restart_keeps_its_batch_size_and_what_is_there(run_with, monkeypatch):
     whole, _ = drawn(run_with("whole", count=11, batch_size=4))
     monkeypatch.setattr(sampling_run, "LARGEST_BATCH", 4)

@@ -36,6 +36,8 @@ def test_features_are_those_of_the_network_on_pillows_pixels(folders, name, side
     expected = outputs.last_hidden_state[:, 0] if name == "dinov2" else outputs.image_embeds
     torch.testing.assert_close(found, expected)
     assert len(extractor.fingerprint) == 16
+    with pytest.raises(UserError, match=r"^images must be uint8 \(B, H, W, 3\), got torch.float32"):
+        extractor(IMAGES.float())
 
 
 @pytest.mark.parametrize("name", ["dinov2", "clip"])

@@ -38,7 +38,7 @@ EVERY: tuple[QuantizerOptions, ...] = (
     EMA,
     SimVQOptions(dim=4, codebook_size=16, estimator="rotation"),
     IndexBackpropagationOptions(dim=4, codebook_size=16, entropy_temperature=0.5),
-    GumbelOptions(dim=4, codebook_size=16),
+    GumbelOptions(dim=4, codebook_size=16, final_temperature=0.1),
     LookupFreeOptions(bits=(2, 3), entropy_temperature=1.0),
     BinarySphericalOptions(bits=(5,)),
     FiniteScalarOptions(levels=(8, 5, 5)),

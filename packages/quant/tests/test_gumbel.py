@@ -33,8 +33,7 @@ def test_draws_follow_the_softmax_whatever_the_temperature() -> None:
 
 
 def test_gradients_are_those_of_a_softmax_at_the_draw() -> None:
-    quantizer = _build(kl_weight=0).train()
-    quantizer.temperature = 1e3
+    quantizer = _build(kl_weight=0, temperature=1e3).train()
     latent, probe = torch.randn(1, 50, 4, requires_grad=True), torch.randn(1, 50, 4)
     quantized = quantizer(latent)
     (quantized.latent * probe).sum().backward()
@@ -45,6 +44,32 @@ def test_gradients_are_those_of_a_softmax_at_the_draw() -> None:
     torch.testing.assert_close(latent.grad[0], to_logits @ quantizer.logits.weight, rtol=0.1, atol=1e-5)
     used = torch.zeros(12, 4).index_add(0, quantized.tokens.flatten(), probe[0])
     torch.testing.assert_close(quantizer.codebook.grad, used)
+
+
+def test_the_temperature_falls_along_half_a_cosine() -> None:
+    quantizer, latent = _build(temperature=2.0, final_temperature=0.5, temperature_steps=4), torch.randn(1, 5, 4)
+    found = []
+    for _ in range(6):
+        quantizer.eval()(latent)
+        found.append(float(quantizer.temperature))
+        quantizer.train()(latent)
+    expected = [0.5 + 0.75 * (1 + math.cos(math.pi * min(step / 4, 1))) for step in range(6)]
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_fallen_temperature_is_one_that_always_was() -> None:
+    fallen, always = _build(final_temperature=0.2, temperature_steps=2).train(), _build(temperature=0.6).train()
+    assert always.state_dict().keys() == fallen.state_dict().keys() - {"step"}
+    latent, probe = torch.randn(1, 50, 4), torch.randn(1, 50, 4)
+    fallen(latent)
+    gradients = []
+    for quantizer in (fallen, always):
+        torch.manual_seed(7)
+        quantizer.zero_grad()
+        (quantizer(latent).latent * probe).sum().backward()
+        gradients.append(quantizer.logits.weight.grad)
+    assert bool(gradients[0].any())
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_the_divergence_is_its_definition() -> None:

@@ -13,13 +13,15 @@ from smalti.core.data.folders import FolderOptions
 from smalti.core.data.images import to_uint8
 from smalti.core.data.loader import read_images
 from smalti.core.errors import UserError
+from smalti.core.frechet import frechet_distance_of_rows
 from smalti.core.options import FeaturesOptions
+from smalti.core.plugins import registry
 from smalti.core.progress import Reporter
 from smalti.core.run_folder import RunFolder
 from smalti.core.testing.processes import run_in_processes
 from smalti.core.training.options import Validation
 from smalti.core.training.sharding import divided, shard
-from smalti.core.training.validator import Validator, frechet_distance
+from smalti.core.training.validator import Validator
 
 
 class PixelsOptions(FeaturesOptions):
@@ -109,6 +111,30 @@ def test_without_averages_pictures_and_best(tokenizer, run):
     assert not run.path.exists()
 
 
+def test_images_that_are_too_small_for_a_metric(tokenizer, run, monkeypatch):
+    def refuse(*_):
+        raise UserError("too small")
+
+    options = registry().options("metric", "difference")
+    metric = options().build()
+    monkeypatch.setattr(options, "build", lambda _: type(metric)(metric.unit, metric.definition, refuse))
+    assert validator(tokenizer(), run, best=None)(5, None, None) == {"weights": {}}
+    with pytest.raises(UserError) as told:
+        validator(tokenizer(), run)(5, None, None)
+    assert str(told.value) == (
+        "train.tokenizer.validation.best: 'difference' cannot be told of images of 8 pixels, which are too small for it"
+    )
+
+
+def test_no_image_to_look_at(tokenizer, run):
+    for path in (run.path.parent / "images" / "only").iterdir():
+        path.write_bytes(b"no image")
+    look = validator(tokenizer(), run)
+    look.max_undecodable, look.reporter = 100, Reporter(quiet=True)
+    with pytest.raises(UserError, match=r"^there is no image in images, the recipe's data.validation$"):
+        look(5, None, None)
+
+
 def test_the_best_distance_without_features(tokenizer, run):
     with pytest.raises(UserError) as told:
         validator(tokenizer(), run, best={"metric": "rfid", "prefer": "lower"})
@@ -166,16 +192,16 @@ def test_two_processes_find_what_one_finds(tokenizer, run, sharded):
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.integers(2, 8), st.integers(2, 8), st.integers(0, 1000))
-def test_frechet_distance_is_its_formula(images, width, seed):
+@given(st.integers(2, 8), st.integers(2, 8), st.integers(2, 8), st.integers(0, 1000))
+def test_frechet_distance_is_its_formula(images, others, width, seed):
     generator = torch.Generator().manual_seed(seed)
-    a, b = torch.randn(2, images, width, dtype=torch.float64, generator=generator)
+    a, b = (torch.randn(count, width, dtype=torch.float64, generator=generator) for count in (images, others))
     values = torch.linalg.eigvals(a.T.cov() @ b.T.cov()).real.clamp(min=0)
     expected = (a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * values.sqrt().sum()
-    assert frechet_distance(a, b) == pytest.approx(float(expected), abs=1e-5)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance_of_rows(a, b) == pytest.approx(float(expected), abs=1e-5)
+    assert frechet_distance_of_rows(a, a) == pytest.approx(0, abs=1e-9)
 
 
 def test_one_image_has_no_distance():
     with pytest.raises(UserError, match=r"^a Frechet distance needs at least 2 images, got 1$"):
-        frechet_distance(torch.zeros(1, 3), torch.zeros(1, 3))
+        frechet_distance_of_rows(torch.zeros(1, 3), torch.zeros(1, 3))

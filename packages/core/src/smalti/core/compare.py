@@ -22,8 +22,8 @@ from smalti.core.contracts import PairMetric, Tokenizer
 from smalti.core.data.images import to_uint8
 from smalti.core.data.loader import read_images
 from smalti.core.errors import UserError
+from smalti.core.metrics import pair_metrics, values_of
 from smalti.core.pipeline import Pipeline
-from smalti.core.plugins import registry
 from smalti.core.progress import Reporter
 from smalti.core.recipe import Recipe, load_recipe
 from smalti.core.run_folder import RunFolder
@@ -132,7 +132,7 @@ def compare(
     for context in contexts.values():
         with context.run.locked():
             context.run.prepare(context.recipe, force=force)
-    metrics = {name: registry().options("metric", name)().build() for name in registry().names("metric")}
+    metrics = pair_metrics()
     measured: dict[str, Measured] = {}
     for place, (name, context) in enumerate(contexts.items(), 1):
         reporter.say(f"{name} ({place} of {len(contexts)})")
@@ -197,7 +197,8 @@ def _measured(context: Context, metrics: Mapping[str, PairMetric], count: int) -
         pair = [to_uint8(pixels).cpu() for pixels in (images, tokenizer.decode(tokens))]
         planes = [pixels[..., :channels].movedim(-1, 1) for pixels in pair]
         for name, metric in metrics.items():
-            values[name] = _more(values[name], metric, planes[1], planes[0])
+            known, more = values[name], values_of(metric, planes[1], planes[0])
+            values[name] = None if known is None or more is None else known + more
         if len(originals) < SHOWN:
             originals += [*pair[0].numpy()]
             copies += [*pair[1].numpy()]
@@ -216,13 +217,3 @@ def _measured(context: Context, metrics: Mapping[str, PairMetric], count: int) -
         originals=np.stack(originals[:SHOWN]),
         copies=np.stack(copies[:SHOWN]),
     )
-
-
-def _more(
-    values: list[float] | None, metric: PairMetric, images: torch.Tensor, references: torch.Tensor
-) -> list[float] | None:
-    """The values with those of a batch; None where the images are too small for the metric."""
-    try:
-        return None if values is None else [*values, *metric.compute(images, references).tolist()]
-    except UserError:
-        return None

@@ -343,6 +343,26 @@ def check_images(images: Tensor, channels: int) -> None:
         )
 
 
+def check_pixels(images: Tensor) -> None:
+    """Raise a `UserError` unless `images` is uint8 `(B, H, W, 3)`, as networks that judge images take them."""
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != torch.uint8:
+        raise UserError(f"images must be uint8 (B, H, W, 3), got {images.dtype} {tuple(images.shape)}")
+
+
+def grid_of(image_size: tuple[int, int], step: int) -> tuple[int, int]:
+    """`(H / step, W / step)` of an image; a `UserError` unless both sides are multiples of the step."""
+    height, width = image_size
+    if any(side < 1 or side % step for side in image_size):
+        raise UserError(f"an image of {height}x{width} cannot be encoded: both sides must be multiples of {step}")
+    return height // step, width // step
+
+
+def check_latent(latent: Tensor, decoder: str, width: int, axes: Literal["h, w", "N"] = "h, w") -> None:
+    """Raise a `UserError` that names the decoder unless `latent` is `(B, h, w, width)`, or `(B, N, width)`."""
+    if latent.ndim != axes.count(",") + 3 or latent.shape[-1] != width:
+        raise UserError(f"the {decoder} decoder takes a latent (B, {axes}, {width}), got {tuple(latent.shape)}")
+
+
 def check_tokens(tokens: Tensor, vocab: tuple[int, ...]) -> None:
     """Raise a `UserError` unless `tokens` is int64 `(B, L, S)` with stream s in `[0, vocab[s])`."""
     if tokens.ndim != 3 or tokens.shape[-1] != len(vocab) or tokens.dtype != torch.int64:

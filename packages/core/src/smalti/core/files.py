@@ -102,6 +102,9 @@ def read_json(path: str | Path, what: str) -> Any:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what writers that were killed left behind under `folder`."""
-    for path in folder.rglob(f".*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
+    """Remove what writers of files and folders that were killed left behind under `folder`."""
+    for path in [*folder.rglob(f".*{TEMPORARY}")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

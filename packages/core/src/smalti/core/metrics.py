@@ -1,10 +1,16 @@
-"""The metrics of reconstructions that are computed."""
+"""The metrics of reconstructions that are computed, and their values.
+
+Legend: B batch, C channels, H W pixels.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from smalti.core.contracts import PairMetric
+from smalti.core.errors import UserError
 from smalti.core.plugins import registry
 
 
@@ -16,3 +22,12 @@ def pair_metrics(names: Sequence[str] = ()) -> dict[str, PairMetric]:
     """
     found = {name: registry().options("metric", name) for name in names or registry().names("metric")}
     return {name: options().build() for name, options in found.items() if names or options.routine}
+
+
+def values_of(metric: PairMetric, images: Tensor, references: Tensor) -> list[float] | None:
+    """The numbers of B images and references, uint8 `(B, C, H, W)`; None where these are too small for the metric."""
+    try:
+        values: list[float] = metric.compute(images, references).tolist()
+    except UserError:
+        return None
+    return values

@@ -24,11 +24,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smalti.core.contracts import Drawing, PairMetric, Tokenizer
+from smalti.core.contracts import Drawing, Tokenizer
 from smalti.core.errors import UserError
 from smalti.core.files import write_bytes, write_json
 from smalti.core.layout import TokenLayout
-from smalti.core.metrics import pair_metrics
+from smalti.core.metrics import pair_metrics, values_of
 from smalti.core.weights import fingerprint
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
@@ -98,7 +98,7 @@ def reconstruct_images(
         pictures = [_enlarged(pixels) for pixels in (originals, copies)]
         if drawing is not None:
             pictures.append(drawing(tokens, layout, (pictures[0].shape[2], pictures[0].shape[3])).cpu())
-        found = {name: _values(metric, copies, originals) for name, metric in metrics.items()}
+        found = {name: values_of(metric, copies, originals) for name, metric in metrics.items()}
         for place, key in enumerate(keys):
             name = f"{len(entries):04d}-{_title(key)}"
             strip = [_picture(pixels[place]) for pixels in pictures]
@@ -108,7 +108,7 @@ def reconstruct_images(
             write_bytes(folder / f"{name}.npz", _npz(**stored))
             entries.append(
                 {"image": key, "file": f"{name}.png", "size": list(originals.shape[-2:])}
-                | {metric: values[place] for metric, values in found.items()}
+                | {metric: None if values is None else values[place] for metric, values in found.items()}
             )
     if not entries:
         raise UserError(f"there is no image in {', '.join(inputs)}")
@@ -153,14 +153,6 @@ def _reconstructed(tokenizer: Tokenizer, pixels: Tensor, key: str) -> tuple[Tens
         raise UserError(f"{key}, {height} x {width} pixels: {error}") from None
     copies = to_uint8(images)[..., : pixels.shape[1]].movedim(-1, 1)
     return tokens, copies.cpu(), layout
-
-
-def _values(metric: PairMetric, images: Tensor, references: Tensor) -> list[float | None]:
-    """A number for each image; None where the images are too small for the metric."""
-    try:
-        return [float(value) for value in metric.compute(images, references)]
-    except UserError:
-        return [None] * len(images)
 
 
 def _batches(

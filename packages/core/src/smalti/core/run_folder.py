@@ -22,11 +22,11 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, few
 from smalti.core.files import disk_errors, read_json, remove_temporaries, write_json, write_text
 from smalti.core.overrides import differences
 from smalti.core.recipe import Recipe, dump_recipe, load_recipe
@@ -75,9 +75,8 @@ class RunFolder:
             raise UserError(f"the recipe in {self.path} cannot be read ({error}); --force replaces it") from None
         found = differences(there, recipe.decisive())
         if found:
-            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
             raise UserError(
-                f"{self.path} holds a run of another recipe ({'; '.join(found[:5])}{more}); choose another folder "
+                f"{self.path} holds a run of another recipe ({few(found, 5, between='; ')}); choose another folder "
                 f"with --out, or --force to redo what depends on it"
             )
 
@@ -125,10 +124,7 @@ class RunFolder:
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl` that a stage wrote."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        parsed = [json.loads(line) for line in lines if line.endswith("}")]
-        return [line for line in parsed if line["stage"] == stage]
+        return [line for _, line in self._metrics() if line["stage"] == stage]
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add one line to `metrics.jsonl`."""
@@ -138,16 +134,16 @@ class RunFolder:
     def rewind_metrics(self, stage: str, step: int) -> None:
         """Drop what a stage wrote after `step`: those steps will be done again."""
         path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for text in path.read_text().splitlines():
-            if not text.endswith("}"):  # the line at which a process was killed
-                continue
-            line = json.loads(text)
-            if line["stage"] != stage or line["step"] <= step:
-                kept.append(text + "\n")
-        write_text(path, "".join(kept))
+        if path.exists():
+            kept = [text for text, line in self._metrics() if line["stage"] != stage or line["step"] <= step]
+            write_text(path, "".join(f"{text}\n" for text in kept))
+
+    def _metrics(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The lines of `metrics.jsonl`, as they stand there and parsed; not one at which a process was killed."""
+        path = self.path / "metrics.jsonl"
+        for text in path.read_text().splitlines() if path.exists() else ():
+            with suppress(json.JSONDecodeError):
+                yield text, json.loads(text)
 
 
 def fingerprint(content: Any) -> str:

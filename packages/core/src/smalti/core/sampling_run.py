@@ -34,8 +34,8 @@ from torch import Tensor
 from smalti.core import distributed
 from smalti.core.contracts import Generator, Tokenizer
 from smalti.core.data.images import save_grid, to_uint8
-from smalti.core.errors import UserError
-from smalti.core.files import atomic_write, disk_errors, read_json, write_bytes, write_json
+from smalti.core.errors import UserError, few
+from smalti.core.files import TEMPORARY, atomic_write, disk_errors, read_json, write_bytes, write_json
 from smalti.core.noise import mixed_seed
 from smalti.core.progress import Reporter
 from smalti.core.recipe import SampleSection
@@ -175,7 +175,12 @@ class SamplingRun:
         wanted = [column * len(self.labels) + row for row in range(rows) for column in range(columns)]
         images = np.stack([np.load(chunks[index // size], mmap_mode="r")[index % size] for index in wanted])
         save_grid(self.folder / "grid.png", images, columns, scale=enlarged(images.shape[1]))
-        shutil.rmtree(self.folder / "chunks")
+        # Under another name first: a process that is killed here must not leave the next one a part of them.
+        spent = self.folder / f".chunks{TEMPORARY}"
+        if spent.exists():
+            shutil.rmtree(spent)
+        (self.folder / "chunks").rename(spent)
+        shutil.rmtree(spent)
 
 
 def chosen_classes(wanted: Sequence[int | str], classes: int, names: Sequence[str] = ()) -> tuple[int, ...]:
@@ -224,12 +229,8 @@ def _label(wanted: int | str, classes: int, names: Sequence[str]) -> int:
         return list(names).index(wanted)
     lower: dict[str, str] = {name.lower(): name for name in names}
     close = [lower[name] for name in difflib.get_close_matches(wanted.lower(), lower, n=3, cutoff=0.6)]
-    told = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {_some(names)}"
+    told = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {few(names, 10)}"
     raise UserError(f"sample.classes: no class is called {wanted!r}; {told}")
-
-
-def _some(names: Sequence[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _npy(array: NDArray[Any]) -> bytes:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, few
 from smalti.core.files import read_json, write_bytes, write_json
 from smalti.core.options import sentences
 
@@ -158,23 +158,23 @@ def load_tensors(module: nn.Module, path: Path) -> None:
     found, wanted = read_tensors(path), module.state_dict()
     missing = sorted(wanted.keys() - found.keys())
     foreign = sorted(found.keys() - wanted.keys())
-    shapes = [
-        f"{name} is {tuple(found[name].shape)}, should be {tuple(wanted[name].shape)}"
-        for name in sorted(found.keys() & wanted.keys())
-        if found[name].shape != wanted[name].shape
-    ]
     problems = [
-        *([f"missing {_shortened(missing)}"] if missing else []),
-        *([f"not of this model {_shortened(foreign)}"] if foreign else []),
-        *shapes[:3],
+        *([f"missing {few(missing)}"] if missing else []),
+        *([f"not of this model {few(foreign)}"] if foreign else []),
+        *other_shapes(found, wanted)[:3],
     ]
     if problems:
         raise UserError(f"{path} does not fit the configured {type(module).__name__}: {'; '.join(problems)}")
     module.load_state_dict(found)
 
 
-def _shortened(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def other_shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """What to say of every tensor of both that has another shape than it should."""
+    return [
+        f"{name} is {tuple(found[name].shape)}, should be {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
 
 
 def fingerprint(module: nn.Module, config: Mapping[str, Any]) -> str:

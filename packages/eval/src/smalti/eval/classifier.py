@@ -10,14 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from smalti.core import weights
-from smalti.core.contracts import Features
-from smalti.core.errors import UserError
+from smalti.core.contracts import Features, check_pixels
 from smalti.core.options import FeaturesOptions, Options
 from smalti.core.weights import Pretrained, validated
 
@@ -88,8 +86,7 @@ class Classifier(Features, Pretrained):
         Raises:
             UserError: images of another type or shape.
         """
-        if images.ndim != 4 or images.shape[3] != 3 or images.dtype != torch.uint8:
-            raise UserError(f"images must be uint8 (B, H, W, 3), got {images.dtype} {tuple(images.shape)}")
+        check_pixels(images)
         values = images.permute(0, 3, 1, 2).float() / 127.5 - 1
         pool = self.body(values).mean((2, 3))
         return {"pool": pool, "logits": self.head(F.dropout(pool, self.architecture.dropout, self.training))}

@@ -6,12 +6,12 @@ Legend: N M vectors of the sets, D their width, R C rows and columns of a block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from smalti.core.matmul import has_packed_products, true_float32
 
 BLOCK = 1024
 GROUPS = 32
@@ -47,7 +47,7 @@ def centred(samples: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
 def float32_distances(columns: Tensor) -> Distances:
     """Distances in float32 from `columns`, float32 `(C, D)`."""
     lengths = _lengths(columns)
-    if _packs(columns):
+    if columns.device.type == "cpu" and has_packed_products():
         # oneDNN's own order of weights: twice the speed of addmm on some processors.
         weight = torch.ops.mkldnn._reorder_linear_weight(-2 * columns, BLOCK)
 
@@ -168,29 +168,3 @@ def smallest(distances: Tensor, count: int) -> Tensor:
     nearest = minima.topk(count, dim=1, largest=False).indices
     chosen = groups.gather(2, nearest[:, None].expand(-1, whole // GROUPS, -1)).flatten(1)
     return torch.cat([chosen, distances[:, whole:]], 1).topk(count, dim=1, largest=False).values
-
-
-@contextmanager
-def true_float32() -> Iterator[None]:
-    """Undo `torch.set_float32_matmul_precision` for a while: figures must not depend on it."""
-    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-    both = [(setting, setting.fp32_precision) for setting in settings]
-    changed = [(setting, value) for setting, value in both if value not in ("none", "ieee")]
-    for setting, _ in changed:
-        setting.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for setting, value in changed:
-            setting.fp32_precision = value
-
-
-def _packs(columns: Tensor) -> bool:
-    """Whether oneDNN takes them: the operators are private to PyTorch, which may rename or drop them."""
-    return columns.device.type == "cpu" and _has_operators()
-
-
-@cache
-def _has_operators() -> bool:
-    names = ("_reorder_linear_weight", "_linear_pointwise")
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)

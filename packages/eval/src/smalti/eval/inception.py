@@ -11,8 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from smalti.core.contracts import Features
-from smalti.core.errors import UserError
+from smalti.core.contracts import Features, check_pixels
 from smalti.core.options import FeaturesOptions
 from smalti.eval.inception_network import InceptionNetwork
 from smalti.eval.inception_weights import SHA256_START, file_sha256, inception_weights, published_network
@@ -77,8 +76,7 @@ class Inception(Features):
         Raises:
             UserError: images of another type or shape.
         """
-        if images.ndim != 4 or images.shape[3] != 3 or images.dtype != torch.uint8:
-            raise UserError(f"images must be uint8 (B, H, W, 3), got {images.dtype} {tuple(images.shape)}")
+        check_pixels(images)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the default would keep ten bits of float32
             outputs = self.network(resized_for_inception(images, self.options.resize).to(self.dtype))
         return {name: values.float() for name, values in zip(("pool", "spatial", "logits"), outputs, strict=True)}

@@ -83,7 +83,7 @@ def render(report: Report) -> str:
     libraries = ", ".join(f"{name} {version}" for name, version in report.protocol["libraries"].items())
     return template.substitute(
         style=page_part("style.css"),
-        recipe=escape(report.recipe),
+        title=escape(report.recipe),
         summary=escape(report.summary),
         note=escape(report.note),
         tiles="\n".join(_tiles(report)),
@@ -111,7 +111,15 @@ def render(report: Report) -> str:
 
 
 def page_part(name: str) -> str:
-    """A text file of this package: a page with places for what is shown, or the style of all pages."""
+    """A text file of this package: the style of all pages, or a page with places for what is shown.
+
+    What all pages share is put in for `$page_head`, `$page_brand` and `$page_figures`, of files so called.
+    """
+    shared = {place: _text(f"{place}.html").removesuffix("\n") for place in ("page_head", "page_brand", "page_figures")}
+    return Template(_text(name)).safe_substitute(shared)
+
+
+def _text(name: str) -> str:
     return resources.files("smalti.eval").joinpath(name).read_text(encoding="utf-8")
 
 

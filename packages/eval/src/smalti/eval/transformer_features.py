@@ -15,7 +15,7 @@ from torch import Tensor
 
 from smalti.core import weights
 from smalti.core.backbones.pretrained import import_extra
-from smalti.core.contracts import Features
+from smalti.core.contracts import Features, check_pixels
 from smalti.core.errors import UserError
 from smalti.core.options import FeaturesOptions
 
@@ -73,7 +73,12 @@ class TransformerFeatures(Features):
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images uint8 `(B, H, W, 3)` to `{"pool": (B, D)}`, float32."""
+        """Images uint8 `(B, H, W, 3)` to `{"pool": (B, D)}`, float32.
+
+        Raises:
+            UserError: images of another type or shape.
+        """
+        check_pixels(images)
         square = (self.side, self.side)
         resized = [
             np.asarray(Image.fromarray(image.numpy()).resize(square, Image.Resampling.BICUBIC))

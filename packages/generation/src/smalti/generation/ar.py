@@ -21,7 +21,7 @@ from smalti.core.sampling_settings import SamplingSettings
 from smalti.generation.attention import Mask
 from smalti.generation.blocks import Architecture
 from smalti.generation.cache import Cache
-from smalti.generation.checks import check_batch
+from smalti.generation.checks import check_batch, refused
 from smalti.generation.conditions import CaptionOptions, CaptionPrefix, ClassPrefix
 from smalti.generation.decoding import decoding
 from smalti.generation.llama import LlamaOptions
@@ -70,11 +70,7 @@ class AROptions(LlamaOptions):
 
     def supports(self, layout: TokenLayout) -> str | None:
         """Grids and sequences of one stream, or of several where `flatten` is on."""
-        if layout.kind == "scales":
-            return "it predicts one token after the other over a grid or a sequence, not scale by scale"
-        if layout.streams != 1 and not self.flatten:
-            return f"it models one stream of codes, not {layout.streams}, unless flatten is on"
-        return None
+        return refused(layout, "one token after the other over a grid or a sequence", flatten=self.flatten)
 
     def architecture(self, layers: int) -> Architecture:
         """Of the blocks."""

@@ -1,13 +1,42 @@
-"""Checks of what a generator is given, with one look at the device per call."""
+"""Checks of what a generator is given: its options, a layout, and batches, with one look at the device per call."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from pydantic import AfterValidator, Field, ValidationInfo
 from torch import Tensor
 
 from smalti.core.contracts import check_labels
 from smalti.core.errors import UserError
 from smalti.core.layout import TokenLayout
+
+
+def _divide_dim(heads: int, info: ValidationInfo) -> int:
+    dim = info.data.get("dim")
+    if dim is not None and dim % heads:
+        raise ValueError(f"dim {dim} must be a multiple of the number of heads")
+    return heads
+
+
+Heads = Annotated[int, Field(ge=1), AfterValidator(_divide_dim)]
+"""Of attention, as an option behind `dim`, which they divide."""
+
+
+def refused(layout: TokenLayout, predicts: str, *, flatten: bool) -> str | None:
+    """Why a generator of single tokens cannot take a layout, as `supports` says it; None where it can.
+
+    Args:
+        layout: of the tokens.
+        predicts: what the generator does instead of scales, for the sentence.
+        flatten: it takes several streams, one after the other at each position.
+    """
+    if layout.kind == "scales":
+        return f"it predicts {predicts}, not scale by scale"
+    if layout.streams != 1 and not flatten:
+        return f"it models one stream of codes, not {layout.streams}, unless flatten is on"
+    return None
 
 
 def check_batch(tokens: Tensor, labels: Tensor | None, layout: TokenLayout, classes: int) -> None:

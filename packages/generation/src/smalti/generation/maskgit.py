@@ -20,7 +20,7 @@ from smalti.core.noise import uniform
 from smalti.core.options import GeneratorOptions
 from smalti.core.sampling_settings import SamplingSettings
 from smalti.generation.blocks import Architecture
-from smalti.generation.checks import check_batch
+from smalti.generation.checks import Heads, check_batch, refused
 from smalti.generation.conditions import ClassPrefix
 from smalti.generation.decoding import decoding
 from smalti.generation.masking import Schedule, gumbel, least_confident, masked_counts, random_mask
@@ -56,7 +56,7 @@ class MaskGITOptions(GeneratorOptions):
     form: Literal["vit", "uvit"] = "vit"
     layers: Annotated[int, Field(ge=1)] = 24
     dim: Annotated[int, Field(ge=1)] = 768
-    heads: Annotated[int, Field(ge=1)] = 16
+    heads: Heads = 16
     ffn_dim: Annotated[int, Field(ge=1)] = 3072
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -75,21 +75,9 @@ class MaskGITOptions(GeneratorOptions):
             raise ValueError(f"uvit has an even number of layers, beside the one in the middle, not {layers}")
         return layers
 
-    @field_validator("heads")
-    @classmethod
-    def _fits_dim(cls, heads: int, info: ValidationInfo) -> int:
-        dim = info.data.get("dim")
-        if dim is not None and dim % heads:
-            raise ValueError(f"dim {dim} must be a multiple of the number of heads")
-        return heads
-
     def supports(self, layout: TokenLayout) -> str | None:
         """Grids and sequences of one stream, or of several where `flatten` is on."""
-        if layout.kind == "scales":
-            return "it predicts any tokens of a grid or a sequence, not scale by scale"
-        if layout.streams != 1 and not self.flatten:
-            return f"it models one stream of codes, not {layout.streams}, unless flatten is on"
-        return None
+        return refused(layout, "any tokens of a grid or a sequence", flatten=self.flatten)
 
     def architecture(self) -> Architecture:
         """Of the blocks."""

@@ -18,7 +18,7 @@ from smalti.core.layout import TokenLayout
 from smalti.core.options import GeneratorOptions
 from smalti.core.sampling_settings import SamplingSettings
 from smalti.generation.blocks import Architecture
-from smalti.generation.checks import check_batch
+from smalti.generation.checks import Heads, check_batch, refused
 from smalti.generation.conditions import ClassPrefix
 from smalti.generation.decoding import decoding
 from smalti.generation.losses import stream_losses
@@ -53,7 +53,7 @@ class RAROptions(GeneratorOptions):
     name: Literal["rar"] = "rar"
     layers: Annotated[int, Field(ge=1)] = 24
     dim: Annotated[int, Field(ge=1)] = 768
-    heads: Annotated[int, Field(ge=1)] = 16
+    heads: Heads = 16
     ffn_dim: Annotated[int, Field(ge=1)] = 3072
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -62,14 +62,6 @@ class RAROptions(GeneratorOptions):
     random_until: Annotated[int, Field(ge=0)] = 125_000
     raster_from: Annotated[int, Field(ge=0)] = 187_500
     flatten: bool = False
-
-    @field_validator("heads")
-    @classmethod
-    def _fits_dim(cls, heads: int, info: ValidationInfo) -> int:
-        dim = info.data.get("dim")
-        if dim is not None and dim % heads:
-            raise ValueError(f"dim {dim} must be a multiple of the number of heads")
-        return heads
 
     @field_validator("raster_from")
     @classmethod
@@ -81,11 +73,7 @@ class RAROptions(GeneratorOptions):
 
     def supports(self, layout: TokenLayout) -> str | None:
         """Grids and sequences of one stream, or of several where `flatten` is on."""
-        if layout.kind == "scales":
-            return "it predicts one token after the other over a grid or a sequence, not scale by scale"
-        if layout.streams != 1 and not self.flatten:
-            return f"it models one stream of codes, not {layout.streams}, unless flatten is on"
-        return None
+        return refused(layout, "one token after the other over a grid or a sequence", flatten=self.flatten)
 
     def architecture(self) -> Architecture:
         """Of the blocks."""

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from smalti.core.contracts import Generator, Quantizer, Tokenizer, check_labels
@@ -23,7 +23,7 @@ from smalti.core.sampling_settings import SamplingSettings
 from smalti.core.tokenizer import ComposedTokenizer
 from smalti.generation.attention import BlockCausal
 from smalti.generation.blocks import Architecture
-from smalti.generation.checks import check_batch
+from smalti.generation.checks import Heads, check_batch
 from smalti.generation.conditions import ClassPrefix
 from smalti.generation.decoding import decoding
 from smalti.generation.norms import ModulatedNorm
@@ -60,7 +60,7 @@ class VAROptions(GeneratorOptions):
     name: Literal["var"] = "var"
     layers: Annotated[int, Field(ge=1)] = 16
     dim: Annotated[int, Field(ge=1)] = 1024
-    heads: Annotated[int, Field(ge=1)] = 16
+    heads: Heads = 16
     ffn_ratio: Annotated[float, Field(gt=0)] = 4.0
     cosine_attention: bool = True
     shared_modulation: bool = False
@@ -73,14 +73,6 @@ class VAROptions(GeneratorOptions):
     code_width: Annotated[int, Field(ge=1)] | None = None
     quantizer: Annotated[QuantizerOptions, Slot("quantizer")] | None = None
 
-    @field_validator("heads")
-    @classmethod
-    def _fits_dim(cls, heads: int, info: ValidationInfo) -> int:
-        dim = info.data.get("dim")
-        if dim is not None and dim % heads:
-            raise ValueError(f"dim {dim} must be a multiple of the number of heads")
-        return heads
-
     def supports(self, layout: TokenLayout) -> str | None:
         """Scales, of any number of streams."""
         if layout.kind != "scales":
@@ -89,7 +81,6 @@ class VAROptions(GeneratorOptions):
             return f"growth begins with {self.growth.first} scales, and there are {len(layout.shape)}"
         return None
 
-    @property
     def architecture(self) -> Architecture:
         """Of the blocks."""
         return Architecture(
@@ -135,7 +126,7 @@ class VAR(Generator):
 
     def __init__(self, options: VAROptions, layout: TokenLayout, classes: int) -> None:
         super().__init__(options, layout, classes)
-        dim, architecture = options.dim, options.architecture
+        dim, architecture = options.dim, options.architecture()
         self.condition = ClassPrefix(classes, dim)
         self.transformer = Transformer(architecture)
         self.norm = ModulatedNorm(architecture.norm, dim, architecture.norm_eps, dim)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from smalti.core.contracts import Quantizer
+from smalti.generation.masking import gumbel
 from smalti.generation.sampling import TokenSampler
 
 
@@ -33,8 +34,7 @@ def smoothed_codes(quantizer: Quantizer, sampler: TokenSampler, logits: Tensor, 
     size = filtered.shape[-1]
     # The draws of tokens have the steps below n.
     uniform = sampler.uniform(scales + scale, filtered.shape[1] * size).view(filtered.shape)
-    gumbel = -torch.log(-torch.log(uniform.clamp(min=2.0**-53)))
     temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
-    weights = ((filtered * (1 + progress) + gumbel) / temperature).softmax(-1)
+    weights = ((filtered * (1 + progress) + gumbel(uniform)) / temperature).softmax(-1)
     codebook = quantizer.codes(torch.arange(size, device=logits.device)[None, :, None], scale)[0]
     return weights.to(codebook.dtype) @ codebook

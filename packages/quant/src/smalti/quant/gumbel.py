@@ -27,6 +27,8 @@ class GumbelOptions(QuantizerOptions):
         dim: D, width of the latent and of the codes.
         codebook_size: K.
         temperature: of the softmax whose gradient stands for that of the draw.
+        final_temperature: what it falls to along half a cosine, 1/16 in DALL-E; null leaves it where it is.
+        temperature_steps: training passes until then.
         kl_weight: of the divergence of a token's distribution over the codes from the uniform one, in nats.
     """
 
@@ -34,6 +36,8 @@ class GumbelOptions(QuantizerOptions):
     dim: Annotated[int, Field(ge=1)]
     codebook_size: Annotated[int, Field(ge=2)]
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    final_temperature: Annotated[float, Field(gt=0)] | None = None
+    temperature_steps: Annotated[int, Field(ge=1)] = 150_000
     kl_weight: Annotated[float, Field(ge=0)] = 5e-4
 
     def build(self) -> GumbelQuantizer:
@@ -50,19 +54,31 @@ class GumbelQuantizer(Quantizer):
     Attributes:
         logits: the linear layer from D to K; taming's is the same as a 1 x 1 convolution.
         codebook: `(K, D)`, a parameter.
-        temperature: may be changed while training goes on.
+        step: training passes so far, where the temperature falls.
     """
 
     options: GumbelOptions
+    step: Tensor
 
     def __init__(self, options: GumbelOptions) -> None:
         super().__init__()
         self.options = options
         self.dim = options.dim
         self.vocab = (options.codebook_size,)
-        self.temperature = options.temperature
         self.logits = nn.Linear(options.dim, options.codebook_size)
         self.codebook = nn.Parameter(torch.randn(options.codebook_size, options.dim))
+        if options.final_temperature is not None:
+            # A buffer, so that a resumed run goes on as the unbroken one would have.
+            self.register_buffer("step", torch.tensor(0))
+
+    @property
+    def temperature(self) -> Tensor | float:
+        """That of the next training pass."""
+        first, last = self.options.temperature, self.options.final_temperature
+        if last is None:
+            return first
+        progress = (self.step / self.options.temperature_steps).clamp(max=1)
+        return last + (first - last) * 0.5 * (1 + torch.cos(math.pi * progress))
 
     def forward(self, latent: Tensor) -> Quantized:
         """Quantize `(B, *space, D)`.
@@ -82,6 +98,8 @@ class GumbelQuantizer(Quantizer):
             if self.training:
                 kl = math.log(len(codebook)) - affinity_entropy(flat, self._logits, 1.0).sample
                 losses["kl"] = self.options.kl_weight * kl
+                if self.options.final_temperature is not None:
+                    self.step += 1
             quantized = quantized.view(vectors.shape).to(self.codebook.dtype)
             return Quantized(quantized, as_tokens(tokens, latent), losses)
 

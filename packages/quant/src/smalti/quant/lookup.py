@@ -5,17 +5,16 @@ Legend: N vectors, K codes, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from smalti.core.errors import UserError
+from smalti.core.matmul import has_packed_products, true_float32
 from smalti.quant.inputs import float32_or_wider, full_precision
 
 # Scores of one block of vectors. On a CPU they should stay in the cache between the product and the argmax; a
@@ -91,7 +90,7 @@ def nearest_code_in_blocks(vectors: Tensor, codebook: Tensor) -> Tensor:
     group = GROUP if vectors.device.type == "cpu" and size >= MIN_GROUPS * GROUP else 1
     # The last code again and again fills up the last group; whoever finds a copy found the code.
     codes = torch.cat([codebook, codebook[-1:].expand(-size % group, -1)]) if size % group else codebook
-    with _true_float32():
+    with true_float32():
         scores = _scores(codes, min(rows, len(vectors)))
         nearest = vectors.new_empty(len(vectors), dtype=torch.int64)
         for start in range(0, len(vectors), rows):
@@ -105,24 +104,13 @@ def _scores(codes: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
     # A few codes at a time: their squares would be a second codebook in memory. (A batched product needs none, but
     # it may round equal codes differently, and the first of them would not always win.)
     bias = torch.cat([some.square().sum(1) for some in codes.split(64)]).mul_(-0.5)
-    if _packs(codes):
+    if codes.device.type == "cpu" and codes.dtype == torch.float32 and has_packed_products():
         # Weights in oneDNN's own order: twice the speed of addmm on some processors, never less.
         weight = torch.ops.mkldnn._reorder_linear_weight(codes.contiguous(), rows)
         return lambda vectors: torch.ops.mkldnn._linear_pointwise(vectors, weight, bias, "none", [], "")
     columns = codes.t().contiguous()
     buffer = codes.new_empty(rows, len(codes))
     return lambda vectors: torch.addmm(bias, vectors, columns, out=buffer[: len(vectors)])
-
-
-def _packs(codes: Tensor) -> bool:
-    """Whether oneDNN takes them: the operators are private to PyTorch, which may rename or drop them."""
-    names = ("_reorder_linear_weight", "_linear_pointwise")
-    return codes.device.type == "cpu" and codes.dtype == torch.float32 and _has_operators(names)
-
-
-@cache
-def _has_operators(names: tuple[str, ...]) -> bool:
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
 def _first_largest(scores: Tensor, group: int) -> Tensor:
@@ -138,21 +126,6 @@ def _first_largest(scores: Tensor, group: int) -> Tensor:
     best = groups.amax(1).view(-1, count).argmax(1)
     within = groups.index_select(0, best + torch.arange(0, len(groups), count)).argmax(1)
     return within.add_(best, alpha=group)
-
-
-@contextmanager
-def _true_float32() -> Iterator[None]:
-    """Undo `torch.set_float32_matmul_precision` for a while: near ties must not depend on it."""
-    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-    both = [(setting, setting.fp32_precision) for setting in settings]
-    changed = [(setting, value) for setting, value in both if value not in ("none", "ieee")]
-    for setting, _ in changed:
-        setting.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for setting, value in changed:
-            setting.fp32_precision = value
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def expected_code(
     *,
     temperature: float = 1.0,
     noise_seed: Tensor | None = None,
-    relaxation: float = 1.0,
+    relaxation: float | Tensor = 1.0,
 ) -> Tensor:
     """The mean of the codes under softmax(affinities / temperature), `(N, D)`, differentiable in the affinities.
 

@@ -12,8 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from smalti.core.backbones.residual_block import ResidualBlock
-from smalti.core.contracts import Decoder, Encoder, check_images
-from smalti.core.errors import UserError
+from smalti.core.contracts import Decoder, Encoder, check_images, check_latent, grid_of
 from smalti.core.options import DecoderOptions, EncoderOptions, Options
 
 Widths = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
@@ -93,12 +92,7 @@ class CNNEncoder(Encoder):
 
     def latent_space(self, image_size: tuple[int, int]) -> tuple[int, ...]:
         """`(H/f, W/f)`."""
-        if any(size % self.factor or size < 1 for size in image_size):
-            raise UserError(
-                f"an image of {image_size[0]}x{image_size[1]} cannot be encoded: both sides must be multiples "
-                f"of {self.factor}"
-            )
-        return image_size[0] // self.factor, image_size[1] // self.factor
+        return grid_of(image_size, self.factor)
 
 
 class CNNDecoder(Decoder):
@@ -125,7 +119,6 @@ class CNNDecoder(Decoder):
 
     def forward(self, latent: Tensor) -> Tensor:
         """Latent `(B, h, w, width)` to images `(B, C, f h, f w)`."""
-        if latent.ndim != 4 or latent.shape[-1] != self.width:
-            raise UserError(f"the cnn decoder takes a latent (B, h, w, {self.width}), got {tuple(latent.shape)}")
+        check_latent(latent, "cnn", self.width)
         images: Tensor = self.layers(latent.permute(0, 3, 1, 2))
         return images

@@ -16,7 +16,7 @@ from smalti.core.backbones.positions import resampled
 from smalti.core.backbones.pretrained import load_vit, part
 from smalti.core.backbones.token_sequence import initialise_linear, learned
 from smalti.core.backbones.vit_block import ViTBlock
-from smalti.core.contracts import Decoder, Encoder, check_images
+from smalti.core.contracts import Decoder, Encoder, check_images, check_latent, grid_of
 from smalti.core.errors import UserError
 from smalti.core.options import DecoderOptions, EncoderOptions, Options
 
@@ -209,11 +209,7 @@ class LatentGridEncoder(Encoder):
 
     def latent_space(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """The latent grid, which is to `grid` as the image is to `image_size`."""
-        step = self.options.image_step
-        if any(size % step or size < 1 for size in image_size):
-            raise UserError(
-                f"an image of {image_size[0]}x{image_size[1]} cannot be encoded: both sides must be multiples of {step}"
-            )
+        grid_of(image_size, self.options.image_step)
         height, width = (size * self.options.grid // self.options.image_size for size in image_size)
         return height, width
 
@@ -244,10 +240,7 @@ class LatentGridDecoder(Decoder):
 
     def forward(self, latent: Tensor) -> Tensor:
         """Latent `(B, h, w, D)` to images `(B, C, H, W)`."""
-        if latent.ndim != 4 or latent.shape[-1] != self.width:
-            raise UserError(
-                f"the latent-grid-vit decoder takes a latent (B, h, w, {self.width}), got {tuple(latent.shape)}"
-            )
+        check_latent(latent, "latent-grid-vit", self.width)
         grid = (latent.shape[1], latent.shape[2])
         rows, columns = self._patch_grid(grid)
         patches = self.mask_token.expand(len(latent), rows * columns, -1)

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from smalti.core.contracts import Decoder, Encoder, check_images
-from smalti.core.errors import UserError
+from smalti.core.contracts import Decoder, Encoder, check_images, check_latent, grid_of
 from smalti.core.options import DecoderOptions, EncoderOptions, Options
 
 FACTOR = 4
@@ -105,12 +104,7 @@ class SimpleCNNEncoder(Encoder):
 
     def latent_space(self, image_size: tuple[int, int]) -> tuple[int, ...]:
         """`(H/4, W/4)`."""
-        if any(size % FACTOR or size < 1 for size in image_size):
-            raise UserError(
-                f"an image of {image_size[0]}x{image_size[1]} cannot be encoded: both sides must be multiples "
-                f"of {FACTOR}"
-            )
-        return image_size[0] // FACTOR, image_size[1] // FACTOR
+        return grid_of(image_size, FACTOR)
 
 
 class SimpleCNNDecoder(Decoder):
@@ -131,8 +125,7 @@ class SimpleCNNDecoder(Decoder):
 
     def forward(self, latent: Tensor) -> Tensor:
         """Latent `(B, h, w, width)` to images `(B, C, 4 h, 4 w)` in [-1, 1]."""
-        if latent.ndim != 4 or latent.shape[-1] != self.width:
-            raise UserError(f"the simple-cnn decoder takes a latent (B, h, w, {self.width}), got {tuple(latent.shape)}")
+        check_latent(latent, "simple-cnn", self.width)
         x = latent.permute(0, 3, 1, 2)
         for block in self.blocks:
             x = block(x)

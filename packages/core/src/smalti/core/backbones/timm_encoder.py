@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from smalti.core.backbones.pretrained import import_extra, vit_tensors
 from smalti.core.backbones.token_sequence import learned
 from smalti.core.backbones.tuning import TuningOptions, tune
-from smalti.core.contracts import Encoder, check_images
+from smalti.core.contracts import Encoder, check_images, grid_of
 from smalti.core.errors import UserError
 from smalti.core.options import EncoderOptions
 
@@ -81,7 +81,7 @@ class TimmEncoder(Encoder):
     def forward(self, images: Tensor) -> Tensor:
         """Images `(B, 3, H, W)` in [-1, 1] to `(B, h, w, D)` or `(B, N, D)`, after the last normalisation."""
         check_images(images, 3)
-        height, width = self._grid((images.shape[2], images.shape[3]))
+        height, width = grid_of((images.shape[2], images.shape[3]), self.patch)
         images = ((images + 1) / 2 - self.mean) / self.std
         if self.latents is None:
             tokens: Tensor = self.backbone.fc_norm(self.backbone.forward_features(images))
@@ -95,7 +95,7 @@ class TimmEncoder(Encoder):
 
     def latent_space(self, image_size: tuple[int, int]) -> tuple[int, ...]:
         """`(N,)`, or `(h, w)` without latent tokens."""
-        grid = self._grid(image_size)
+        grid = grid_of(image_size, self.patch)
         return grid if self.latents is None else (self.latents.shape[1],)
 
     def train(self, mode: bool = True) -> Self:
@@ -104,14 +104,6 @@ class TimmEncoder(Encoder):
         if self.options.tuning == "frozen":
             self.backbone.eval()
         return self
-
-    def _grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        if any(size % self.patch or size < 1 for size in image_size):
-            raise UserError(
-                f"an image of {image_size[0]}x{image_size[1]} cannot be encoded: both sides must be multiples "
-                f"of {self.patch}"
-            )
-        return image_size[0] // self.patch, image_size[1] // self.patch
 
 
 def _built(options: TimmEncoderOptions) -> Any:

@@ -24,7 +24,7 @@ from smalti.core.backbones.token_sequence import (
     initialise_linear,
     learned,
 )
-from smalti.core.contracts import Decoder, Encoder
+from smalti.core.contracts import Decoder, Encoder, check_latent
 from smalti.core.errors import UserError
 from smalti.core.options import DecoderOptions, EncoderOptions, Options, Slot
 
@@ -197,8 +197,7 @@ class TiTokDecoder(Decoder):
         Raises:
             UserError: a latent of another shape, or of more than N tokens.
         """
-        if latent.ndim != 3 or latent.shape[-1] != self.width:
-            raise UserError(f"the titok decoder takes a latent (B, N, {self.width}), got {tuple(latent.shape)}")
+        check_latent(latent, "titok", self.width, "N")
         height, width = self.options.grid
         masks = self.mask.expand(len(latent), height * width, -1)
         parts: SequenceParts = self.sequence(masks, latent, extra)

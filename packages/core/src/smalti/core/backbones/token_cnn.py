@@ -12,8 +12,7 @@ from torch import Tensor
 
 from smalti.core.backbones.token_sequence import Count, Grid, SequenceEmbedding, learned
 from smalti.core.backbones.vqgan import VQGANDecoder, VQGANDecoderOptions
-from smalti.core.contracts import Decoder
-from smalti.core.errors import UserError
+from smalti.core.contracts import Decoder, check_latent
 from smalti.core.options import DecoderOptions
 
 
@@ -81,8 +80,7 @@ class TokenCNNDecoder(Decoder):
         Raises:
             UserError: a latent of another shape, or of more than N tokens.
         """
-        if latent.ndim != 3 or latent.shape[-1] != self.width:
-            raise UserError(f"the token-cnn decoder takes a latent (B, N, {self.width}), got {tuple(latent.shape)}")
+        check_latent(latent, "token-cnn", self.width, "N")
         height, width = self.options.grid
         sequence = self.embedding(self.mask.expand(len(latent), height * width, -1), latent)
         column = sequence.transpose(1, 2).unsqueeze(-1)  # (B, D, 1 + h w + n, 1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smalti.core.backbones.pretrained import IMAGENET, Statistics, import_extra
 from smalti.core.backbones.tuning import TuningOptions, tune
-from smalti.core.contracts import Encoder, check_images
+from smalti.core.contracts import Encoder, check_images, grid_of
 from smalti.core.errors import UserError
 from smalti.core.files import read_json
 from smalti.core.options import EncoderOptions
@@ -91,12 +91,7 @@ class TransformersEncoder(Encoder):
 
     def latent_space(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """`(h, w)`."""
-        if any(size % self.patch or size < 1 for size in image_size):
-            raise UserError(
-                f"an image of {image_size[0]}x{image_size[1]} cannot be encoded: both sides must be multiples "
-                f"of {self.patch}"
-            )
-        return image_size[0] // self.patch, image_size[1] // self.patch
+        return grid_of(image_size, self.patch)
 
     def train(self, mode: bool = True) -> Self:
         """As always, but a frozen backbone stays in evaluation mode."""

@@ -15,11 +15,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from smalti.core.backbones.adaptive_norm import AdaptiveGroupNorm
+from smalti.core.backbones.patches import ImageRange, from_image_range, to_image_range
 from smalti.core.backbones.resampling import Downsample, Downsampling, Upsample, Upsampling
 from smalti.core.backbones.residual_block import ResidualBlock, Shortcut
 from smalti.core.backbones.spatial_attention import SpatialAttention
-from smalti.core.contracts import Decoder, Encoder, check_images
-from smalti.core.errors import UserError
+from smalti.core.contracts import Decoder, Encoder, check_images, check_latent, grid_of
 from smalti.core.options import DecoderOptions, EncoderOptions, Options
 
 Positive = Annotated[int, Field(ge=1)]
@@ -55,7 +55,7 @@ class LevelsOptions(Options):
     bias: bool = True
     shortcut: Shortcut = "input"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    image_range: Literal["symmetric", "unit"] = "symmetric"
+    image_range: ImageRange = "symmetric"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -155,7 +155,7 @@ class VQGANTrunk(nn.Module):
         """Images `(B, C, H, W)` in [-1, 1] to features `(B, width, H/f, W/f)`."""
         check_images(images, self.channels)
         self.latent_space((images.shape[2], images.shape[3]))
-        x: Tensor = self.conv_in(_laid_out((images + 1) / 2 if self.options.image_range == "unit" else images))
+        x: Tensor = self.conv_in(_laid_out(to_image_range(images, self.options.image_range)))
         for level in self.levels:
             x = level(x)
         features: Tensor = self.middle(x)
@@ -163,13 +163,7 @@ class VQGANTrunk(nn.Module):
 
     def latent_space(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """`(H/f, W/f)`; a `UserError` where f does not divide them."""
-        factor = self.options.factor
-        if any(size % factor or size < 1 for size in image_size):
-            raise UserError(
-                f"an image of {image_size[0]}x{image_size[1]} cannot be encoded: both sides must be multiples "
-                f"of {factor}"
-            )
-        return image_size[0] // factor, image_size[1] // factor
+        return grid_of(image_size, self.options.factor)
 
 
 class VQGANEncoder(Encoder):
@@ -224,14 +218,13 @@ class VQGANDecoder(Decoder):
 
     def forward(self, latent: Tensor) -> Tensor:
         """Latent `(B, h, w, width)` to images `(B, C, f h, f w)`."""
-        if latent.ndim != 4 or latent.shape[-1] != self.width:
-            raise UserError(f"the vqgan decoder takes a latent (B, h, w, {self.width}), got {tuple(latent.shape)}")
+        check_latent(latent, "vqgan", self.width)
         latent = _laid_out(latent.permute(0, 3, 1, 2))
         x: Tensor = self.middle(self.conv_in(latent))
         for place, level in enumerate(self.levels):
             x = level(self.adaptive[place](x, latent) if self.options.adaptive else x)
         images: Tensor = self.head(x)
-        return 2 * images - 1 if self.options.image_range == "unit" else images
+        return from_image_range(images, self.options.image_range)
 
 
 def _laid_out(x: Tensor) -> Tensor:

@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from smalti.core.checkpoints.file import read_checkpoint
 from smalti.core.checkpoints.layout import CheckpointLayout, Shapes
 from smalti.core.checkpoints.rules import to_ours, to_published
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, few
 from smalti.core.files import atomic_write, read_json
 from smalti.core.overrides import apply_override, differences
 from smalti.core.plugins import registry
-from smalti.core.weights import CONFIG, Pretrained, save_tensors
+from smalti.core.weights import CONFIG, Pretrained, other_shapes, save_tensors
 
-# What looking into shapes raises where they are others than a layout's, and building modules from them.
+MOST = 8  # names in a sentence
 # The options that decide what a network computes with its weights, and those among them that only training sees.
 NETWORKS = ("encoder", "decoder", "embed")
 TRAINING_ONLY = ("dropout", "last_dropout", "drop_path", "share", "learn_anchors", "learn_features", "final_scale")
 BESIDE_OPTIONS = ("layout", "classes")
+# What looking into shapes raises where they are others than a layout's, and building modules from them.
 MISSHAPEN = (IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError)
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -45,7 +46,7 @@ def recognised(shapes: Shapes, where: str = "the state dict") -> CheckpointLayou
         names = ", ".join(layout.name for layout in found)
         raise UserError(f"{where} may be of any of the layouts {names}: say which one")
     raise UserError(
-        f"{where} is of no known layout, it has {len(shapes)} entries ({_few(sorted(shapes))}); "
+        f"{where} is of no known layout, it has {len(shapes)} entries ({few(sorted(shapes), MOST)}); "
         f"known: {', '.join(registry().names('checkpoint')) or 'none'}"
     )
 
@@ -171,15 +172,10 @@ def translated(
         raise UserError(f"{where} is not a whole checkpoint of the layout {layout.name}: {reason}") from error
     foreign = [*unknown, *sorted(ours.keys() - wanted.keys())]
     missing = sorted(wanted.keys() - ours.keys())
-    shapes = [
-        f"{name} is {tuple(ours[name].shape)}, should be {tuple(wanted[name].shape)}"
-        for name in sorted(ours.keys() & wanted.keys())
-        if ours[name].shape != wanted[name].shape
-    ]
     problems = [
-        *([f"unexpected {_few(foreign)}"] if foreign else []),
-        *([f"missing {_few(missing)}"] if missing else []),
-        *shapes[:3],
+        *([f"unexpected {few(foreign, MOST)}"] if foreign else []),
+        *([f"missing {few(missing, MOST)}"] if missing else []),
+        *other_shapes(ours, wanted)[:3],
     ]
     if problems:
         raise UserError(f"{where} is not a whole checkpoint of the layout {layout.name}: {'; '.join(problems)}")
@@ -204,7 +200,7 @@ def export_checkpoint(module: nn.Module | Pretrained, layout: str) -> dict[str, 
     published, unknown = to_published(rules, module.state_dict())
     shapes = _shapes(published)
     detail = (
-        f"it has no place for {_few(unknown)}" if unknown
+        f"it has no place for {few(unknown, MOST)}" if unknown
         else "its names and shapes are others" if not chosen.recognises(shapes)
         else _lost(chosen, shapes, config["options"])
     )  # fmt: skip
@@ -269,7 +265,3 @@ def module_class(kind: str | None) -> type[Pretrained]:
 
 def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -6,7 +6,7 @@ import glob
 import os
 from pathlib import Path
 
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, few
 
 ANY_ROOT = "DATASET_ROOT"
 
@@ -48,5 +48,4 @@ def what_is_there(path: Path) -> str:
     if not folder.is_dir():
         return f"there is no folder {folder}"
     names = sorted(entry.name for entry in folder.iterdir())
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"the folder {folder} holds {', '.join(names[:5])}{more}" if names else f"the folder {folder} is empty"
+    return f"the folder {folder} holds {few(names, 5)}" if names else f"the folder {folder} is empty"

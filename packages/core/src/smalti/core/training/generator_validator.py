@@ -18,6 +18,7 @@ from smalti.core.contracts import Generator, Tokenizer
 from smalti.core.data.dataset import ImageDataset
 from smalti.core.data.images import grid, png_bytes, to_uint8
 from smalti.core.data.loader import read_images
+from smalti.core.errors import UserError
 from smalti.core.files import write_bytes
 from smalti.core.progress import Reporter
 from smalti.core.run_folder import RunFolder
@@ -122,7 +123,10 @@ class GeneratorValidator:
             warn=self.reporter.say,
         )
         device = self._device
-        return [(self.tokenizer.encode(batch.images.to(device)), batch.labels.to(device)) for batch in images]
+        found = [(self.tokenizer.encode(batch.images.to(device)), batch.labels.to(device)) for batch in images]
+        if not found:
+            raise UserError(f"there is no image in {self.dataset.name}, the recipe's data.validation")
+        return found
 
     def _measured(self) -> dict[str, float]:
         """Means over all images."""

@@ -286,7 +286,9 @@ class _Loop:
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.optimization.max_skipped:
             kept = f"what {self._path} holds is kept" if self._path.exists() else "nothing was saved yet"
-            times = f"{self.skipped_in_a_row} updates in a row were skipped, and then " if self.skipped > 1 else ""
+            before_it = self.skipped_in_a_row - 1
+            which = "one update was" if before_it == 1 else f"{before_it} updates in a row were"
+            times = f"{which} skipped, and then " if before_it else ""
             raise UserError(
                 f"{self.stage}: {times}{problem} at step {self.step}; lower the learning rate or clip the gradient "
                 f"({kept})"

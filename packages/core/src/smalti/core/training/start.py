@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from smalti.core.autoencoder import Autoencoder
 from smalti.core.contracts import Tokenizer
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, few
 from smalti.core.files import read_json
 from smalti.core.training.options import Start
-from smalti.core.weights import CONFIG, Pretrained
+from smalti.core.weights import CONFIG, Pretrained, other_shapes
 
 # Low-rank adapters begin as no change; a layer that has one keeps its own weight under this name (peft's).
 ADAPTER, ADAPTED = ".lora_", ".base_layer."
@@ -114,17 +114,8 @@ def _kind(path: Path, model: Tokenizer | Autoencoder) -> type[Pretrained]:
 
 def _problems(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
     missing, foreign = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    shapes = [
-        f"{name} is {tuple(found[name].shape)}, should be {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
     return [
-        *([f"it lacks {_few(missing)}"] if missing else []),
-        *([f"it has {_few(foreign)} too many"] if foreign else []),
-        *shapes[:3],
+        *([f"it lacks {few(missing)}"] if missing else []),
+        *([f"it has {few(foreign)} too many"] if foreign else []),
+        *other_shapes(found, wanted)[:3],
     ]
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -25,7 +25,8 @@ from smalti.core.data.images import grid, png_bytes, to_uint8
 from smalti.core.data.loader import Batch, IndexedBatch, read_images
 from smalti.core.errors import UserError
 from smalti.core.files import write_bytes, write_json
-from smalti.core.metrics import pair_metrics
+from smalti.core.frechet import frechet_distance_of_rows
+from smalti.core.metrics import pair_metrics, values_of
 from smalti.core.plugins import registry
 from smalti.core.progress import Reporter
 from smalti.core.run_folder import RunFolder
@@ -108,7 +109,11 @@ class Validator:
             trackers: shown the pictures.
 
         Returns:
-            Means over the images by metric, under `weights`, and under `ema` for averaged ones.
+            Means over the images by metric, under `weights`, and under `ema` for averaged ones; without metrics for
+            which the images are too small.
+
+        Raises:
+            UserError: there is no image, or images are too small for the metric that tells the best weights.
         """
         if not self._images:
             self._images = [*self._read()]
@@ -155,10 +160,10 @@ class Validator:
         """Means over all images, and the pairs that are shown, on every process."""
         parts = distributed.gather_objects(self._own_findings())
         values = {name: [value for part in parts for value in part.values[name]] for name in self.metrics}
-        found = {name: fmean(numbers) for name, numbers in values.items()}
+        found = {name: fmean(numbers) for name, numbers in values.items() if numbers}
         if self.features is not None:
             real, made = (torch.cat([*chain(*sets)]) for sets in ([p.real for p in parts], [p.made for p in parts]))
-            found["rfid"] = frechet_distance(real, made)
+            found["rfid"] = frechet_distance_of_rows(real, made)
         return found, [pair for part in parts for pair in part.pairs][: self.options.pictures]
 
     @torch.no_grad()
@@ -166,11 +171,13 @@ class Validator:
         own = Findings({name: [] for name in self.metrics}, [], [], [])
         channels = self.tokenizer.preprocessing.channels
         most = max(distributed.gather_objects(len(self._images)))
+        if not most:
+            raise UserError(f"there is no image in {self.dataset.name}, the recipe's data.validation")
         for images, context in self._images:
             originals, copies = to_uint8(images), to_uint8(self._reconstructed(images, context))
             planes = [pixels[..., :channels].movedim(-1, 1) for pixels in (copies, originals)]
             for name, metric in self.metrics.items():
-                own.values[name].extend(metric.compute(planes[0], planes[1]).tolist())
+                own.values[name].extend(values_of(metric, planes[0], planes[1]) or ())
             if self.features is not None:
                 own.real.append(_pooled(self.features, originals))
                 own.made.append(_pooled(self.features, copies))
@@ -212,6 +219,11 @@ class Validator:
         if best is None:
             return
         which = "ema" if averaged is not None else "weights"
+        if best.metric not in found[which]:
+            raise UserError(
+                f"train.{self.tokenizer.kind}.validation.best: {best.metric!r} cannot be told of images of "
+                f"{self.tokenizer.preprocessing.image_size} pixels, which are too small for it"
+            )
         value = found[which][best.metric]
         sign = 1 if best.prefer == "higher" else -1
         if self.best is not None and sign * value <= sign * self.best:
@@ -237,27 +249,6 @@ def replaced(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]
         # Asked for again: that drops what sharded modules have gathered meanwhile.
         for name, tensor in module.state_dict().items():
             tensor.copy_(own[name])
-
-
-def frechet_distance(real: Tensor, made: Tensor) -> float:
-    """The squared Frechet distance between Gaussians fitted to two sets of features `(N, D)` (Heusel et al. 2017).
-
-    With centred features X and Y the trace of the root of the product of both covariances is the sum of the singular
-    values of X Y^T / (N - 1): no matrix here is larger than the smaller one of N and D.
-
-    Raises:
-        UserError: fewer than two images.
-    """
-    if len(real) < 2:
-        raise UserError(f"a Frechet distance needs at least 2 images, got {len(real)}")
-    sets = [features.double() for features in (real, made)]
-    means = [features.mean(0) for features in sets]
-    x, y = (features - mean for features, mean in zip(sets, means, strict=True))
-    variances = (x.square().sum() + y.square().sum()) / (len(sets[0]) - 1)
-    if len(x) > x.shape[1]:  # the triangular factors have the same products of few rows
-        x, y = (torch.linalg.qr(features, mode="r").R for features in (x, y))
-    root = torch.linalg.svdvals(x @ y.T).sum() / (len(sets[0]) - 1)
-    return max(float((means[0] - means[1]).square().sum() + variances - 2 * root), 0.0)
 
 
 def _advice(metric: str) -> str:

@@ -154,19 +154,8 @@ def _rasterize(
 
 
 @_rasterize.register_fake
-def _(
-    centers: Tensor,
-    whitening: Tensor,
-    features: Tensor,
-    opacities: Tensor,
-    boxes: Tensor,
-    height: int,
-    width: int,
-    pixel_center: float,
-    min_alpha: float,
-    over: bool,
-    backend: str,
-) -> Tensor:
+def _(centers: Tensor, whitening: Tensor, features: Tensor, *rest: Any) -> Tensor:
+    _, _, height, width, *_ = rest
     return features.new_empty(features.shape[0], features.shape[2], height, width)
 
 
@@ -192,20 +181,8 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    centers: Tensor,
-    whitening: Tensor,
-    features: Tensor,
-    opacities: Tensor,
-    boxes: Tensor,
-    pixel_center: float,
-    min_alpha: float,
-    over: bool,
-    backend: str,
-    image: Tensor,
-    grad_image: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    centers, whitening, features, opacities = map(torch.empty_like, (centers, whitening, features, opacities))
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    centers, whitening, features, opacities = map(torch.empty_like, inputs[:4])
     return centers, whitening, features, opacities
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smalti.gaussian.rasterizer.backends import MAX_ALPHA_OVER, MIN_TRANSMITTANCE, Gradients, Splats, View
+from smalti.gaussian.rasterizer.reach import reached_pixels
 
 TILE = 32
 # Pairs at a time: 64 × 32 × 32 numbers in float32 are 256 KiB, which the second-level cache holds.
@@ -231,25 +232,9 @@ class _Pairs(NamedTuple):
         return exponent.exp_().mul_(self.opacities[part, :, None])
 
 
-def tight_boxes(splats: Splats, view: View) -> Tensor:
-    """The pixels where a Gaussian can reach min_alpha, within its box and the image: [B, N, 4].
-
-    α ≥ min_alpha asks for u² + v² ≤ 2 log(opacity / min_alpha), so |dx| stays within that many standard
-    deviations of x, and |dy| of y. The margins cover rounding: pixels too many cost time, never a value.
-    """
-    p, q, r = splats.whitening.unbind(-1)
-    deviations = torch.stack((1 / p, torch.hypot(p, q) / p / r), dim=-1)
-    if view.min_alpha > 0:
-        squared = 2 * (splats.opacities / view.min_alpha).clamp(min=1).log() + 0.001
-        reach = squared.sqrt()[..., None] * deviations * 1.01 + 1
-    else:
-        reach = torch.full_like(deviations, torch.inf)
-    size = reach.new_tensor((view.width, view.height))
-    middle = splats.centers - view.pixel_center
-    first = (middle - reach).floor().clamp(min=0).minimum(size).long()
-    last = (middle + reach).ceil().clamp(min=-1).minimum(size - 1).long() + 1
-    first = first.maximum(splats.boxes[..., 0::2])
-    last = last.minimum(splats.boxes[..., 1::2])
+def _tight_boxes(splats: Splats, view: View) -> Tensor:
+    """The pixels where a Gaussian can reach min_alpha, (left, right, top, bottom), zeros where none: [B, N, 4]."""
+    first, last = reached_pixels(splats, view)
     empty = (first >= last).any(-1) | (splats.opacities < view.min_alpha)
     return torch.stack((first, last), dim=-1).flatten(-2).masked_fill(empty[..., None], 0)
 
@@ -257,7 +242,7 @@ def tight_boxes(splats: Splats, view: View) -> Tensor:
 def _pairs(splats: Splats, view: View, grid: _Grid, opacities: Tensor) -> _Pairs:
     """All pairs of a tile and a Gaussian whose box touches it, by tile and then by Gaussian."""
     centers, whitening = splats.centers, splats.whitening
-    boxes = tight_boxes(splats, view)
+    boxes = _tight_boxes(splats, view)
     h, w = grid.tile_height, grid.tile_width
     per_image = opacities.shape[1]
     left, right, top, bottom = boxes.flatten(0, 1).unbind(-1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from smalti.gaussian.rasterizer.backends import Splats, View
+from smalti.gaussian.rasterizer.reach import reached_pixels
 
 # Boxes are multiples of 16, so that a tile lies either within a box or outside.
 TILE = 16
@@ -60,22 +61,7 @@ def tile_pairs(splats: Splats, view: View) -> Pairs:
 
 
 def _tile_ranges(splats: Splats, view: View) -> tuple[Tensor, Tensor]:
-    """First and last (exclusive) tile of every Gaussian along (x, y): [B, N, 2] each.
-
-    α ≥ min_alpha asks for u² + v² ≤ 2 log(opacity / min_alpha): so many standard deviations in x and in y.
-    The margins cover rounding; a tile too many costs time, never a value.
-    """
-    p, q, r = splats.whitening.unbind(-1)
-    deviations = torch.stack((1 / p, torch.hypot(p, q) / p / r), dim=-1)
-    if view.min_alpha > 0:
-        squared = 2 * (splats.opacities / view.min_alpha).clamp(min=1).log() + 0.001
-        reach = squared.sqrt()[..., None] * deviations * 1.01 + 1
-    else:
-        reach = torch.full_like(deviations, torch.inf)
-    size = reach.new_tensor((view.width, view.height))
-    middle = splats.centers - view.pixel_center
-    first = (middle - reach).floor().clamp(min=0).minimum(size).long()
-    last = (middle + reach).ceil().clamp(min=-1).minimum(size - 1).long() + 1
-    first = first.maximum(splats.boxes[..., 0::2]) // TILE
-    last = (last.minimum(splats.boxes[..., 1::2]) + TILE - 1) // TILE
-    return first, last.masked_fill((splats.opacities < view.min_alpha)[..., None], 0)
+    """First and last (exclusive) tile of every Gaussian along (x, y): [B, N, 2] each."""
+    first, last = reached_pixels(splats, view)
+    last = (last + TILE - 1) // TILE
+    return first // TILE, last.masked_fill((splats.opacities < view.min_alpha)[..., None], 0)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from smalti.core.checkpoints.layout import Shapes
+from torch import Tensor
+
+from smalti.core.checkpoints.layout import CheckpointLayout, Shapes
 from smalti.core.checkpoints.rules import Fused, Rename, Rule
 from smalti.core.errors import UserError
 
@@ -17,6 +19,20 @@ HEADS = {2560: 40, 3200: 32, 4096: 32}
 
 RUN_TIME = ("freqs_cis", "*.kv_cache.*", "*.attn.mask")
 """Entries of files that hold what was computed, not learned."""
+PREFIX = "transformer."
+"""Before the names of a transformer in checkpoints of Lightning."""
+
+
+class LightningTransformer(CheckpointLayout):
+    """A transformer in a checkpoint of Lightning, where the tokenizer may lie beside it."""
+
+    container = "state_dict"
+    ignored = RUN_TIME
+
+    def select(self, tensors: Mapping[str, Tensor], *, ema: bool) -> Mapping[str, Tensor]:
+        """Of the transformer alone."""
+        del ema
+        return below(tensors, PREFIX)
 
 
 def block_rules(published: str, ours: str) -> list[Rule]:

@@ -5,32 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
-from smalti.core.checkpoints.layout import CheckpointLayout, Shapes, count
+from smalti.core.checkpoints.layout import Shapes, count
 from smalti.core.checkpoints.rules import Fused, Rename, Rule
-from smalti.generation.layouts.llama import RUN_TIME, below, usual_heads
-
-PREFIX = "transformer."
+from smalti.generation.layouts.llama import PREFIX, LightningTransformer, below, usual_heads
 
 
-class MinGPT(CheckpointLayout):
+class MinGPT(LightningTransformer):
     """The transformer of taming's `Net2NetTransformer`, whose condition is a code in front of the sequence."""
 
     name = "sejal-gpt"
-    container = "state_dict"
-    ignored = RUN_TIME
 
     def recognises(self, shapes: Shapes) -> bool:
         """The names of minGPT."""
         return {"pos_emb", "tok_emb.weight", "blocks.0.attn.key.weight", "blocks.0.mlp.0.weight", "ln_f.weight"} <= (
             below(shapes, PREFIX).keys()
         )
-
-    def select(self, tensors: Mapping[str, Tensor], *, ema: bool) -> Mapping[str, Tensor]:
-        """Of the transformer alone."""
-        del ema
-        return below(tensors, PREFIX)
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
         """Sizes; heads are taken as 64 wide, and every code may stand in front."""
@@ -54,14 +43,10 @@ class MinGPT(CheckpointLayout):
         """Of tables, blocks and output; queries, keys and values are one layer here."""
         del config
         block, ours = "blocks.{layer}", "transformer.blocks.{layer}"
-        qkv = [
-            Fused([f"{block}.attn.{part}.{kind}" for part in ("query", "key", "value")], f"{ours}.attention.qkv.{kind}")
-            for kind in ("weight", "bias")
-        ]
         return [
             Rename("tok_emb.*", "embeddings.0.*"),
             Rename("pos_emb", "positions", squeeze=1),
-            *qkv,
+            Fused([f"{block}.attn.{part}.*" for part in ("query", "key", "value")], f"{ours}.attention.qkv.*"),
             Rename(f"{block}.attn.proj.*", f"{ours}.attention.out.*"),
             Rename(f"{block}.ln1.*", f"{ours}.attention_norm.*"),
             Rename(f"{block}.ln2.*", f"{ours}.ffn_norm.*"),

@@ -8,30 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
-from smalti.core.checkpoints.layout import CheckpointLayout, Shapes, count
+from smalti.core.checkpoints.layout import Shapes, count
 from smalti.core.checkpoints.rules import Rename, Rule
-from smalti.generation.layouts.llama import RUN_TIME, below, block_rules, grid, llama_options
-
-PREFIX = "transformer."
+from smalti.generation.layouts.llama import PREFIX, LightningTransformer, below, block_rules, grid, llama_options
 
 
-class OpenMAGVIT2GPT(CheckpointLayout):
+class OpenMAGVIT2GPT(LightningTransformer):
     """Open-MAGVIT2's transformers: FAR's two levels with summed embeddings, and the sum of the streams' losses."""
 
     name = "open-magvit2-gpt"
-    container = "state_dict"
-    ignored = RUN_TIME
 
     def recognises(self, shapes: Shapes) -> bool:
         """The two sub-tokens' tables."""
         return {"pre_emb.weight", "post_emb.weight", "spatial_blocks.0.ffn_norm.weight"} <= below(shapes, PREFIX).keys()
-
-    def select(self, tensors: Mapping[str, Tensor], *, ema: bool) -> Mapping[str, Tensor]:
-        """Of the transformer alone."""
-        del ema
-        return below(tensors, PREFIX)
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
         """Sizes, for a grid of 16 x 16."""
@@ -63,23 +52,16 @@ class OpenMAGVIT2GPT(CheckpointLayout):
         ]
 
 
-class IBQLlama(CheckpointLayout):
+class IBQLlama(LightningTransformer):
     """IBQ's transformers: LlamaGen's blocks, modulated by the class."""
 
     name = "ibq-llama"
-    container = "state_dict"
-    ignored = RUN_TIME
 
     def recognises(self, shapes: Shapes) -> bool:
         """LlamaGen's blocks with AdaLN."""
         return {"tok_emb.weight", "blocks.0.attention.wqkv.weight", "head_nm.rmsnorm.weight"} <= (
             below(shapes, PREFIX).keys()
         )
-
-    def select(self, tensors: Mapping[str, Tensor], *, ema: bool) -> Mapping[str, Tensor]:
-        """Of the transformer alone."""
-        del ema
-        return below(tensors, PREFIX)
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
         """Sizes, for a grid of 16 x 16."""

@@ -71,18 +71,11 @@ class TiTokMaskGIT(CheckpointLayout):
 
 def _bert(codes: str, classes: str, vocab: int) -> list[Rule]:
     table, block, ours = "model.embeddings", "model.encoder.layer.{layer}", "transformer.blocks.{layer}"
-    qkv = [
-        Fused(
-            [f"{block}.attention.self.{part}.{kind}" for part in ("query", "key", "value")],
-            f"{ours}.attention.qkv.{kind}",
-        )
-        for kind in ("weight", "bias")
-    ]
     return [
         JointTable(f"{table}.word_embeddings.weight", codes, classes, vocab, masked=True),
         SummedTables(f"{table}.position_embeddings.weight", f"{table}.token_type_embeddings.weight", "positions"),
         Rename(f"{table}.LayerNorm.*", "norm.*"),
-        *qkv,
+        Fused([f"{block}.attention.self.{part}.*" for part in ("query", "key", "value")], f"{ours}.attention.qkv.*"),
         Rename(f"{block}.attention.output.dense.*", f"{ours}.attention.out.*"),
         Rename(f"{block}.attention.output.LayerNorm.*", f"{ours}.attention_norm.*"),
         Rename(f"{block}.intermediate.dense.*", f"{ours}.ffn.up.*"),

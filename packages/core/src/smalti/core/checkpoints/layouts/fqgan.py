@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from smalti.core.checkpoints.layout import CheckpointLayout, Shapes, count
+from smalti.core.checkpoints.layouts.clip_blocks import clip_block_rules
 from smalti.core.checkpoints.layouts.llamagen import decoder_config, decoder_rules, trunk_config, trunk_rules
 from smalti.core.checkpoints.rules import Rename, Rule
 
@@ -73,12 +74,8 @@ class FQGAN(CheckpointLayout):
     def rules(self, config: Mapping[str, Any]) -> Sequence[Rule]:
         """LlamaGen's trunk and decoder, and the branches by name."""
         rules: list[Rule] = [
-            Rename("encoder.conv_in.*", "encoder.trunk.conv_in.*"),
             *trunk_rules(),
-            Rename("decoder.conv_in.*", "decoder.conv_in.*"),
             *decoder_rules(),
-            Rename("decoder.norm_out.*", "decoder.head.norm.*"),
-            Rename("decoder.conv_out.*", "decoder.head.conv.*"),
             Rename("post_quant_conv.*", "from_codes.*", pointwise=True),
         ]
         for number, branch in enumerate(config["options"]["encoder"]["branches"]):
@@ -140,16 +137,9 @@ def _branches(shapes: Shapes) -> tuple[str, ...]:
 
 def _transformer_rules(published: str, ours: str) -> list[Rule]:
     """A transformer with learned positions, in CLIP's names for its blocks."""
-    block, here = f"{published}.transformer.{{block}}", f"{ours}.blocks.{{block}}"
     return [
         Rename(f"{published}.positional_embedding", f"{ours}.positions"),
         Rename(f"{published}.ln_pre.*", f"{ours}.norm_in.*"),
         Rename(f"{published}.ln_post.*", f"{ours}.norm_out.*"),
-        Rename(f"{block}.ln_1.*", f"{here}.norm1.*"),
-        Rename(f"{block}.attn.in_proj_weight", f"{here}.attention.qkv.weight"),
-        Rename(f"{block}.attn.in_proj_bias", f"{here}.attention.qkv.bias"),
-        Rename(f"{block}.attn.out_proj.*", f"{here}.attention.out.*"),
-        Rename(f"{block}.ln_2.*", f"{here}.norm2.*"),
-        Rename(f"{block}.mlp.c_fc.*", f"{here}.mlp.0.*"),
-        Rename(f"{block}.mlp.c_proj.*", f"{here}.mlp.2.*"),
+        *clip_block_rules(published, ours),
     ]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from smalti.core.checkpoints.layout import CheckpointLayout, Shapes, count
+from smalti.core.checkpoints.layouts.clip_blocks import clip_block_rules
 from smalti.core.checkpoints.layouts.maskgit_vqgan import decoder_config, decoder_rules
 from smalti.core.checkpoints.rules import Rename, Rule
 
@@ -80,18 +81,6 @@ class TiTokLayout(CheckpointLayout):
         ]
 
 
-# The parts of a transformer block in the published names, and in ours.
-BLOCK = (
-    ("ln_1.*", "norm1.*"),
-    ("attn.in_proj_weight", "attention.qkv.weight"),
-    ("attn.in_proj_bias", "attention.qkv.bias"),
-    ("attn.out_proj.*", "attention.out.*"),
-    ("ln_2.*", "norm2.*"),
-    ("mlp.c_fc.*", "mlp.0.*"),
-    ("mlp.c_proj.*", "mlp.2.*"),
-)
-
-
 def _half(shapes: Shapes, half: str) -> dict[str, Any]:
     positions, width = shapes[f"{half}.positional_embedding"]
     side = math.isqrt(positions - 1)
@@ -114,10 +103,7 @@ def _half_rules(published: str, ours: str) -> list[Rule]:
         Rename(f"{published}.latent_token_positional_embedding", f"{sequence}.embedding.latent_positions"),
         Rename(f"{published}.ln_pre.*", f"{sequence}.norm_pre.*"),
         Rename(f"{published}.ln_post.*", f"{sequence}.norm_post.*"),
-        *(
-            Rename(f"{published}.transformer.{{block}}.{theirs}", f"{sequence}.blocks.{{block}}.{here}")
-            for theirs, here in BLOCK
-        ),
+        *clip_block_rules(published, sequence),
     ]
 
 
