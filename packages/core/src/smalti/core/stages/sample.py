@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from smalti.core.class_names import TRAINED_ON
 from smalti.core.contracts import Generator, Tokenizer
 from smalti.core.errors import UserError
 from smalti.core.files import read_json
 from smalti.core.recipe import Recipe
 from smalti.core.sampling_run import SamplingRun, chosen_classes
 from smalti.core.stage import Stage
-from smalti.core.stages.train_generator import TRAINED_ON
 from smalti.core.weights import fingerprint
 
 

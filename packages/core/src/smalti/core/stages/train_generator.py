@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from smalti.core import distributed
+from smalti.core.class_names import TRAINED_ON
 from smalti.core.contracts import Tokenizer
 from smalti.core.data.encoded_batches import EncodedBatches
 from smalti.core.data.loader import TrainBatches
@@ -24,9 +25,6 @@ from smalti.core.training.sharding import whole
 from smalti.core.training.task import Batches
 from smalti.core.training.tasks import GeneratorTask
 from smalti.core.weights import fingerprint
-
-TRAINED_ON = "trained_on.json"
-"""Beside the generator's weights: the fingerprint of the tokenizer, and the names of the classes."""
 
 
 class _Tokens(NamedTuple):
