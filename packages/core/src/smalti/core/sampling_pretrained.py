@@ -93,7 +93,7 @@ def sample_pretrained(
             run = _paired(generator, tokenizer, options, out, device, seed)
             if prompts or run.generator.captions is not None:
                 run = _prompted(run, prompts, text_encoder)
-            if _is_done(run, prompts):
+            if _is_done(run, text_encoder):
                 reporter.say("sample: done before")
             else:
                 run.draw(reporter)
@@ -109,8 +109,11 @@ def _paired(generator: str, tokenizer: str, options: SampleSection, out: Path, d
     if (ours.kind, ours.vocab) != (theirs.kind, theirs.vocab):
         raise UserError(f"{generator} and {tokenizer} do not belong together: {ours} there, {theirs} here")
     model.attach(decoder)
-    names = class_names(generator, model.classes) if model.captions is None else ()
-    labels = chosen_classes(options.classes, model.classes, names)
+    names: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
+    if model.captions is None:
+        names = class_names(generator, model.classes)
+        labels = chosen_classes(options.classes, model.classes, names)
     return SamplingRun(decoder.to(device), model.to(device).eval(), options, labels, out, device, seed, names)
 
 
@@ -127,7 +130,7 @@ def _prompted(run: SamplingRun, prompts: Sequence[str], text_encoder: str | None
     return replace(run, labels=tuple(range(len(prompts))), names=tuple(prompts), features=features)
 
 
-def _is_done(run: SamplingRun, prompts: Sequence[str]) -> bool:
+def _is_done(run: SamplingRun, text_encoder: str | None) -> bool:
     """Whether the folder holds all of these samples; on the first process, it is made ready for them."""
     path = run.folder / FOLDER_TELLS
     done = (run.folder / "samples.npz").exists()
@@ -136,8 +139,10 @@ def _is_done(run: SamplingRun, prompts: Sequence[str]) -> bool:
         "tokenizer": fingerprint(run.tokenizer, run.tokenizer.config()),
         "seed": run.seed,
         "sample": run.options.model_dump(mode="json"),
-        **({"prompts": list(prompts)} if prompts else {}),
     }
+    captions = run.generator.captions
+    if captions is not None:
+        content |= {"prompts": list(run.names), "text_encoder": text_encoder or captions.encoder}
     if path.exists():
         found = differences(read_json(path, "what samples were drawn"), content)
         if found:
@@ -147,6 +152,6 @@ def _is_done(run: SamplingRun, prompts: Sequence[str]) -> bool:
     distributed.barrier()
     if distributed.rank() == 0 and not path.exists():
         write_json(path, content)
-        if prompts:
-            write_text(run.folder / "prompts.txt", "\n".join(prompts) + "\n")
+        if captions is not None:
+            write_text(run.folder / "prompts.txt", "\n".join(run.names) + "\n")
     return done
