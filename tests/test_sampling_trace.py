@@ -1,18 +1,14 @@
-"""Traces of generators whose tokens have no fixed place in the image, and generators that cannot be driven."""
+"""Traces of generators whose tokens have no fixed place in the image."""
 
 import numpy as np
-import pytest
 import torch
 
 from smalti.core.backbones.cnn import CNNDecoderOptions, CNNEncoderOptions
-from smalti.core.errors import UserError
-from smalti.core.layout import TokenLayout
 from smalti.core.options import Preprocessing
 from smalti.core.recipe import SampleSection
-from smalti.core.sampling_run import SamplingRun, check_labelled
+from smalti.core.sampling_run import SamplingRun
 from smalti.core.sampling_trace import pictures
 from smalti.core.tokenizer import ComposedOptions
-from smalti.generation.ar import AROptions
 from smalti.generation.var import VAROptions
 from smalti.quant.multi_scale import MultiScaleOptions
 
@@ -39,12 +35,3 @@ def test_scales_sharpen_one_after_the_other(tmp_path):
     other = tokens.clone()
     other[:, 1:] = (other[:, 1:] + 1) % 16  # the first frame knows nothing of the second scale
     np.testing.assert_array_equal(pictures(run, other, steps)[0], frames[0])
-
-
-def test_captions_are_not_driven_by_the_stage():
-    captions = {"width": 8, "length": 3}
-    options = AROptions(layers=1, dim=16, heads=2, captions=captions)
-    layout = TokenLayout.grid(2, 2, (16,))
-    check_labelled(AROptions(layers=1, dim=16, heads=2).build(layout, 3))
-    with pytest.raises(UserError, match=r"^the generator 'ar' takes features of captions in the place of classes, "):
-        check_labelled(options.build(layout, 1))

@@ -273,6 +273,22 @@ def test_tokenizers_that_do_not_fit_are_told():
         VAROptions(**SMALL).build(layout_of(SCALES), 5).attach(tokenizer(turned))
 
 
+@pytest.mark.parametrize("quantizer", [SCALES, BRANCHES])
+def test_the_training_step_is_one_graph(quantizer):
+    torch.manual_seed(0)
+    layout = layout_of(quantizer)
+    model = VAROptions(**SMALL, quantizer=quantizer).build(layout, 3).train()
+    tokens = torch.stack([torch.randint(size, (3, layout.positions)) for size in layout.vocab], dim=-1)
+    torch._dynamo.reset()
+    found = []
+    for step in (torch.compile(model, backend="eager", fullgraph=True), model):
+        torch.manual_seed(1)
+        losses = step(tokens, torch.arange(3))
+        torch.stack([*losses.values()]).sum().backward()
+        found.append({name: loss.detach() for name, loss in losses.items()})
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_the_zoo_knows_imagefolder():
     case = parity.read_case(Path(__file__).parent / "parity" / "xqgan-var-d17-layout.json.gz")
     shapes = {name: tuple(entry["shape"]) for name, entry in case["state_dict"].items()}

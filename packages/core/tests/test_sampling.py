@@ -1,3 +1,4 @@
+import sys
 import tracemalloc
 
 import numpy as np
@@ -7,13 +8,17 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from smalti.core import sampling_run
+from smalti.core.captions import CaptionOptions, read_prompts
+from smalti.core.class_names import class_names
 from smalti.core.cli import app
 from smalti.core.contracts import Generator, Tokenizer
 from smalti.core.data.images import grid
 from smalti.core.errors import UserError
+from smalti.core.files import write_json
 from smalti.core.options import GeneratorOptions
 from smalti.core.progress import Reporter
 from smalti.core.recipe import Recipe, SampleSection
+from smalti.core.run_folder import RunFolder
 from smalti.core.sampling_memory import SamplingMemory, sampling_memory
 from smalti.core.sampling_pretrained import sample_pretrained, section
 from smalti.core.sampling_run import SamplingRun, chosen_classes
@@ -214,8 +219,8 @@ def test_a_batch_that_does_not_fit_is_told_before_the_run(run_with, monkeypatch)
 
 def test_captions_cannot_be_drawn(run_with):
     run = run_with()
-    run.generator.labelled = False
-    with pytest.raises(UserError, match=r"^the generator 'table' takes features of captions in the place of classes, "):
+    run.generator.captions = CaptionOptions()
+    with pytest.raises(UserError, match=r"^the generator 'table' draws captions in the place of classes: give --gen"):
         run.draw(QUIET)
 
 
@@ -251,7 +256,7 @@ def test_saved_models_without_a_recipe(models, tmp_path, capsys):
     with np.load(tmp_path / "out" / "samples.npz") as archive:
         assert archive["arr_1"].tolist() == [2, 0] * 4
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("grid.png", "samples.npz", "sampling.json", "trace.gif"),
+        *("grid.png", "samples.npz", "sampling.json", "state", "trace.gif"),
     }
     sample_pretrained(*paths, section("2,0", ["sample.temperature=0.5"]), tmp_path / "out", "cpu")
     assert "sample: done before" in capsys.readouterr().err
@@ -263,6 +268,59 @@ def test_saved_models_without_a_recipe(models, tmp_path, capsys):
     wider.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match=r"do not belong together: grid 2x2, 1 stream of 16 codes there, grid 2x2, 1 "):
         sample_pretrained(paths[0], str(tmp_path / "other"), section("", []), tmp_path / "new", "cpu")
+
+
+def test_names_of_classes_without_a_recipe(models, tmp_path, monkeypatch):
+    """Those that a run's generator brings, else ImageNet's of a thousand."""
+    tokenizer, generator = models
+    tokenizer.save_pretrained(tmp_path / "t")
+    generator.save_pretrained(tmp_path / "g")
+    paths = str(tmp_path / "g"), str(tmp_path / "t")
+    with pytest.raises(UserError, match=r"^sample.classes: 'Sneaker' is a name, and the names of the 3 classes are "):
+        sample_pretrained(*paths, section("Sneaker", []), tmp_path / "out", "cpu")
+    write_json(tmp_path / "g" / "trained_on.json", {"tokenizer": "", "classes": NAMES})
+    sample_pretrained(*paths, section("Sneaker", ["sample.files=png"]), tmp_path / "out", "cpu")
+    with np.load(tmp_path / "out" / "samples.npz") as archive:
+        assert set(archive["arr_1"].tolist()) == {NAMES.index("Sneaker")}
+    assert [path.name for path in (tmp_path / "out" / "images").iterdir()] == ["1-Sneaker"]
+    names = class_names("llamagen-b-256", 1000)
+    assert len(set(names)) == 1000
+    assert (names[0], names[207], names[999]) == ("tench", "golden retriever", "toilet tissue")
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    assert class_names("llamagen-b-256", 1000) == ()
+
+
+def test_a_folder_in_which_another_process_draws(models, tmp_path):
+    tokenizer, generator = models
+    tokenizer.save_pretrained(tmp_path / "t")
+    generator.save_pretrained(tmp_path / "g")
+    paths = str(tmp_path / "g"), str(tmp_path / "t")
+    with (
+        RunFolder(tmp_path / "out").locked(),
+        pytest.raises(UserError, match=r"^another process is working in .*out$"),
+    ):
+        sample_pretrained(*paths, section("", []), tmp_path / "out", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("content", "prompts"), [("a cat\n\n  a red dog \n", ("a cat", "a red dog")), (None, ("no file",))]
+)
+def test_prompts_are_lines_of_a_file_or_a_text(tmp_path, content, prompts):
+    if content is not None:
+        (tmp_path / "prompts.txt").write_text(content)
+    assert read_prompts("no file" if content is None else str(tmp_path / "prompts.txt")) == prompts
+
+
+def test_no_prompts(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n")
+    for given in ("", str(tmp_path / "prompts.txt")):
+        with pytest.raises(
+            UserError, match=r"^--prompts: there is no text; give one, or a file with one on each line$"
+        ):
+            read_prompts(given)
+    (tmp_path / "prompts.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"^--prompts: .*prompts.txt cannot be read as text: "):
+        read_prompts(str(tmp_path / "prompts.txt"))
 
 
 def replace_dim(options):

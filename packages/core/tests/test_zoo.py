@@ -237,7 +237,17 @@ def test_one_model_on_the_command_line(smalti):
         "import      smalti import toy-signs --out toy-signs",
     ):
         assert line in text.splitlines()
+    text = smalti("zoo", "toy-table", check=True).stdout
+    assert text.splitlines()[-1] == "import      not possible: nothing that is installed reads this layout"
     assert smalti("zoo", "mosaic").stderr.startswith("smalti: no model 'mosaic' in the zoo: ")
+
+
+def test_a_layout_that_nothing_reads_is_told_before_the_download():
+    with pytest.raises(UserError) as told:
+        fetch(zoo_model("toy-table"))
+    assert str(told.value) == (
+        "toy-table is listed, but cannot be imported: nothing that is installed reads its layout 'mosaic'"
+    )
 
 
 def test_machine_readable(smalti):

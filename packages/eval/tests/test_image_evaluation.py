@@ -203,8 +203,8 @@ def test_a_generator_is_measured_while_it_samples(prepared, folders, tmp_path):
     tokenizer = Tokenizer.from_pretrained(context.run / "tokenizer")
     generator = context.recipe.generator.build(tokenizer.layout(), 3)
     generator.save_pretrained(context.run / "generator")
-    write_json(context.run / "generator" / "tokenizer.json", {"tokenizer": fingerprint(tokenizer, tokenizer.config())})
-    write_json(context.run / "tokens" / "layout.json", {"classes": ["a", "b", "c"]})
+    trained_on = {"tokenizer": fingerprint(tokenizer, tokenizer.config()), "classes": ["a", "b", "c"]}
+    write_json(context.run / "generator" / "trained_on.json", trained_on)
     found = evaluated(f"generator:{context.run.path}", folders[1], ("fid",))
     assert found.record["images"] | {"source": "", "sha256": ""} == {
         "source": "",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -115,18 +116,28 @@ def sample(
     classes: Annotated[
         str | None, typer.Option(metavar="CLASS,...", help="Which, by number or name.", show_default="all")
     ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT|FILE", help="For a generator of captions: a text, or a file with one on each line."),
+    ] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="A folder or hub repository of a T5.", show_default="the one the generator names")
+    ] = None,
 ) -> None:
-    """Draw images of classes: a PNG grid, an .npz, and files where asked for."""
+    """Draw images of classes or captions: a PNG grid, an .npz, and files where asked for."""
     if (generator is None) != (tokenizer is None):
         raise UserError("sample: --generator and --tokenizer belong together: give both, or a recipe")
     if generator is not None and tokenizer is not None:
         changes = [*([recipe] if recipe else []), *(overrides or [])]
         if out is None:
             raise UserError("sample: without a recipe --out is needed, the folder for the samples")
+        how = {"seed": seed or 0, "trace": trace, "text_encoder": text_encoder}
         _interruptible(
-            lambda: _sample_pretrained(generator, tokenizer, classes or "", changes, out, device, seed or 0, trace)
+            lambda: _sample_pretrained(generator, tokenizer, classes or "", changes, out, device, prompts, how)
         )
         return
+    if prompts is not None or text_encoder is not None:
+        raise UserError("sample: --prompts and --text-encoder go with --generator and --tokenizer, not with a recipe")
     if recipe is None:
         raise UserError("sample: give a recipe or a run folder, or --generator and --tokenizer")
     changes = [*(overrides or []), *([f"sample.classes=[{classes}]"] if classes else [])]
@@ -312,16 +323,27 @@ def _trace(context: Context) -> None:
 
 
 def _sample_pretrained(
-    generator: str, tokenizer: str, classes: str, changes: list[str], out: Path, device: str, seed: int, trace: bool
+    generator: str,
+    tokenizer: str,
+    classes: str,
+    changes: list[str],
+    out: Path,
+    device: str,
+    prompts: str | None,
+    how: dict[str, Any],
 ) -> None:
+    from smalti.core.captions import read_prompts
     from smalti.core.sampling_pretrained import sample_pretrained, section
 
-    sample_pretrained(generator, tokenizer, section(classes, changes), out, device, seed=seed, trace=trace)
+    texts = () if prompts is None else read_prompts(prompts)
+    sample_pretrained(generator, tokenizer, section(classes, changes), out, device, prompts=texts, **how)
 
 
 def main() -> None:
     """The entry point: a user's mistake is one line on standard error and exit code 2."""
     warnings.showwarning = _show_warning
+    logging.getLogger("smalti").addHandler(_LogLines(logging.INFO))
+    logging.getLogger("smalti").setLevel(logging.INFO)
     # GNU OpenMP spins at every barrier; where cores are shared with other work, two threads then wait for each
     # other's time slices: measured 80 times slower. With a short spin it costs nothing on quiet cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -332,6 +354,15 @@ def main() -> None:
             raise
         print(f"smalti: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
+
+
+class _LogLines(logging.Handler):
+    """What our packages log, as lines on standard error; of several processes the first tells."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line, through whatever stands for standard error now: perhaps a progress bar."""
+        if os.environ.get("RANK", "0") == "0":
+            print(record.getMessage(), file=sys.stderr)  # noqa: T201
 
 
 def _show_warning(

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from smalti.core.captions import CaptionOptions
 from smalti.core.errors import UserError
 from smalti.core.layout import TokenLayout
 from smalti.core.options import (
@@ -211,12 +212,12 @@ class Generator(nn.Module, Pretrained, ABC):
         options: what it was built from.
         token_layout: the layout of the tokens it models.
         classes: labels lie in `[0, classes)`.
-        labelled: false where it takes features of captions in the place of labels.
+        captions: what it takes in the place of labels; None where it takes labels.
     """
 
     kind = "generator"
     options: GeneratorOptions
-    labelled = True
+    captions: CaptionOptions | None = None
 
     def __init__(self, options: GeneratorOptions, layout: TokenLayout, classes: int) -> None:
         super().__init__()

@@ -109,6 +109,8 @@ def _facts(model: ZooModel) -> list[str]:
     lines += [f"{'figure':11} {figure.name} {figure.value:g}: {figure.protocol}" for figure in model.figures]
     if model.published is False:
         return lines
+    if not model.readable:
+        return [*lines, f"{'import':11} not possible: nothing that is installed reads this layout"]
     where = f"smalti import {model.name} --out {model.name}" if model.url else model.command
     return [*lines, *([f"{'download':11} {model.url}"] if model.url else []), f"{'import':11} {where}"]
 

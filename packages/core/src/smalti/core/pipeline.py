@@ -13,7 +13,7 @@ from smalti.core.stages.sample import Sample
 from smalti.core.stages.take_tokenizer import TakeTokenizer
 from smalti.core.stages.tokenize import Tokenize
 from smalti.core.stages.train_autoencoder import TrainAutoencoder
-from smalti.core.stages.train_generator import TrainGenerator
+from smalti.core.stages.train_generator import TrainGenerator, TrainGeneratorOnTheFly
 from smalti.core.stages.train_tokenizer import TrainTokenizer
 
 COMMANDS = {
@@ -32,11 +32,12 @@ class Pipeline:
     def __init__(self, context: Context) -> None:
         self.context = context
         published = isinstance(context.recipe.tokenizer, PublishedTokenizerOptions)
+        tokenize = context.recipe.tokenize
+        self.on_the_fly = tokenize is not None and tokenize.on_the_fly
         stages: list[Stage] = [
             TakeTokenizer(context) if published else TrainTokenizer(context),
             TrainAutoencoder(context),
-            Tokenize(context),
-            TrainGenerator(context),
+            *([TrainGeneratorOnTheFly(context)] if self.on_the_fly else [Tokenize(context), TrainGenerator(context)]),
             Sample(context),
         ]
         if context.recipe.evaluate is not None:
@@ -69,6 +70,8 @@ class Pipeline:
             UserError: a stage is not in the recipe, or one that it needs is not done.
         """
         for name in names or list(self.stages):
+            if name == Tokenize.name and self.on_the_fly:
+                raise UserError("tokenize.on_the_fly makes no token shards: go on with `smalti train generator`")
             if name not in self.stages:
                 raise UserError(f"the recipe has no section for {name!r}; its stages are {', '.join(self.stages)}")
             self._run(self.stages[name])

@@ -100,6 +100,8 @@ class TokenizeSection(Options):
         ten_crops: crop ranges; each makes ten views in the place of the whole image: fitted into a square that many
             times as wide, its corners and middle and those of its mirror image (LlamaGen, FQGAN: `[1.1]`, or
             `[1.1, 1.05]`). A generator is shown one view of each image per epoch, drawn at random.
+        on_the_fly: make no shards; the generator's training encodes the images of `data.train` itself, one view of
+            each in every epoch. It costs the encoding in every epoch, and no disk.
         stored: tokens that another project made with this tokenizer, in the place of tokens of `data.train`.
     """
 
@@ -107,6 +109,7 @@ class TokenizeSection(Options):
     shard_size: Annotated[int, Field(ge=1)] = 10_000
     flip: bool = False
     ten_crops: tuple[Annotated[float, Field(ge=1)], ...] = ()
+    on_the_fly: bool = False
     stored: Annotated[ArrayTokens | LineTokens, Field(discriminator="name")] | None = None
 
     @model_validator(mode="after")
@@ -115,6 +118,8 @@ class TokenizeSection(Options):
             raise ValueError("ten_crops has mirror images already: leave flip out")
         if self.stored is not None and (self.flip or self.ten_crops):
             raise ValueError("stored tokens have the views that they were stored with: leave flip and ten_crops out")
+        if self.stored is not None and self.on_the_fly:
+            raise ValueError("stored tokens are there already: leave on_the_fly out")
         return self
 
 

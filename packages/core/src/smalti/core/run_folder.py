@@ -6,7 +6,7 @@ tokenizer-best/    the same, at the best validation so far
 autoencoder/, autoencoder-best/   in their place, where the recipe trains an autoencoder
 images/            held-out images beside their reconstructions, by step
 tokens/            token shards (tar) and layout.json
-generator/         as tokenizer/
+generator/         as tokenizer/, and trained_on.json: its tokenizer and the names of the classes
 samples/           samples.npz (ADM's layout), grid.png, images/ and trace.gif where asked for
 evaluation/        the classifier, and what was measured in pieces
 metrics.jsonl      training curves

@@ -66,19 +66,23 @@ class SamplingMemory:
             )
 
 
-def sampling_memory(generator: Generator, tokenizer: Tokenizer, settings: SamplingSettings) -> SamplingMemory:
+def sampling_memory(
+    generator: Generator, tokenizer: Tokenizer, settings: SamplingSettings, features: Tensor | None = None
+) -> SamplingMemory:
     """Measure both phases with the first few images of a run.
 
     Args:
         generator: draws for real, some images more than the run will.
         tokenizer: decodes them; on the same device.
         settings: of the run; guidance doubles what the generator takes.
+        features: of captions, where the generator takes these.
     """
     weights = [*generator.parameters(), *generator.buffers(), *tokenizer.parameters(), *tokenizer.buffers()]
     device = weights[0].device if weights else torch.device("cpu")
 
     def labels(batch: int) -> Tensor:
-        return torch.arange(batch, device=device) % generator.classes
+        rows = torch.arange(batch, device=device)
+        return rows % generator.classes if features is None else features[rows % len(features)]
 
     with torch.inference_mode():
         # What is made once and kept, as packed weights are, shall be there before anything is measured.

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from smalti.core import distributed
+from smalti.core.captions import caption_features
+from smalti.core.class_names import class_names
 from smalti.core.contracts import Generator, Tokenizer
 from smalti.core.errors import UserError
-from smalti.core.files import read_json, write_json
+from smalti.core.files import read_json, write_json, write_text
 from smalti.core.options import sentences
 from smalti.core.overrides import apply_override, differences
 from smalti.core.progress import Reporter
 from smalti.core.recipe import SampleSection
+from smalti.core.run_folder import RunFolder
 from smalti.core.sampling_run import SamplingRun, chosen_classes
 from smalti.core.sampling_trace import save_trace
 from smalti.core.weights import fingerprint
@@ -60,6 +64,8 @@ def sample_pretrained(
     *,
     seed: int = 0,
     trace: bool = False,
+    prompts: Sequence[str] = (),
+    text_encoder: str | None = None,
 ) -> None:
     """Draw images into a folder; the same call goes on where an earlier one was stopped.
 
@@ -71,21 +77,28 @@ def sample_pretrained(
         device: cpu, cuda, or auto.
         seed: as a recipe's.
         trace: also write `trace.gif`.
+        prompts: for a generator of captions; they count as its classes, and `prompts.txt` lists them.
+        text_encoder: in the place of the one that the generator names, see `caption_features`.
 
     Raises:
-        UserError: models that do not belong together; a folder with other samples, or with something else.
+        UserError: models that do not belong together; classes or prompts that the generator does not take, or no text
+            encoder; a folder with other samples, with something else, or in which another process works.
     """
     device = distributed.device_name(device)
     distributed.initialise(device)
     try:
-        reporter = Reporter(quiet=distributed.rank() != 0)
-        run = _paired(generator, tokenizer, options, out, device, seed)
-        if _is_done(run):
-            reporter.say("sample: done before")
-        else:
-            run.draw(reporter)
-        if trace and distributed.rank() == 0:
-            save_trace(run, out / "trace.gif")
+        first = distributed.rank() == 0
+        reporter = Reporter(quiet=not first)
+        with RunFolder(out).locked(first=first):
+            run = _paired(generator, tokenizer, options, out, device, seed)
+            if prompts or run.generator.captions is not None:
+                run = _prompted(run, prompts, text_encoder)
+            if _is_done(run, text_encoder):
+                reporter.say("sample: done before")
+            else:
+                run.draw(reporter)
+            if trace and first:
+                save_trace(run, out / "trace.gif")
     finally:
         distributed.finish()
 
@@ -96,11 +109,28 @@ def _paired(generator: str, tokenizer: str, options: SampleSection, out: Path, d
     if (ours.kind, ours.vocab) != (theirs.kind, theirs.vocab):
         raise UserError(f"{generator} and {tokenizer} do not belong together: {ours} there, {theirs} here")
     model.attach(decoder)
-    labels = chosen_classes(options.classes, model.classes)
-    return SamplingRun(decoder.to(device), model.to(device).eval(), options, labels, out, device, seed)
+    names: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
+    if model.captions is None:
+        names = class_names(generator, model.classes)
+        labels = chosen_classes(options.classes, model.classes, names)
+    return SamplingRun(decoder.to(device), model.to(device).eval(), options, labels, out, device, seed, names)
 
 
-def _is_done(run: SamplingRun) -> bool:
+def _prompted(run: SamplingRun, prompts: Sequence[str], text_encoder: str | None) -> SamplingRun:
+    """The run with prompts in the place of classes."""
+    captions, name = run.generator.captions, run.generator.options.name
+    if captions is None:
+        raise UserError(f"the generator {name!r} draws classes, not captions: give --classes in the place of --prompts")
+    if run.options.classes:
+        raise UserError(f"the generator {name!r} draws captions, not classes: leave --classes out")
+    if not prompts:
+        run.check_condition()
+    features = caption_features(prompts, captions, text_encoder, run.device)
+    return replace(run, labels=tuple(range(len(prompts))), names=tuple(prompts), features=features)
+
+
+def _is_done(run: SamplingRun, text_encoder: str | None) -> bool:
     """Whether the folder holds all of these samples; on the first process, it is made ready for them."""
     path = run.folder / FOLDER_TELLS
     done = (run.folder / "samples.npz").exists()
@@ -110,13 +140,18 @@ def _is_done(run: SamplingRun) -> bool:
         "seed": run.seed,
         "sample": run.options.model_dump(mode="json"),
     }
+    captions = run.generator.captions
+    if captions is not None:
+        content |= {"prompts": list(run.names), "text_encoder": text_encoder or captions.encoder}
     if path.exists():
         found = differences(read_json(path, "what samples were drawn"), content)
         if found:
             raise UserError(f"{run.folder} holds other samples ({'; '.join(found[:5])}): choose another with --out")
-    elif run.folder.exists() and any(run.folder.iterdir()):
+    elif run.folder.is_dir() and any(path.name != "state" for path in run.folder.iterdir()):
         raise UserError(f"{run.folder} is not empty and holds no samples: choose another with --out")
     distributed.barrier()
     if distributed.rank() == 0 and not path.exists():
         write_json(path, content)
+        if captions is not None:
+            write_text(run.folder / "prompts.txt", "\n".join(run.names) + "\n")
     return done

@@ -44,6 +44,7 @@ from smalti.core.sampling_settings import SamplingSettings
 
 LARGEST_BATCH = 64
 GRID_ROWS = 20
+LONGEST_NAME = 80  # of a class, in a folder's name
 VISIBLE = 64  # pixels: smaller images are enlarged in the grid by whole factors
 
 
@@ -59,7 +60,8 @@ class SamplingRun:
         folder: where to.
         device: of both models.
         seed: of the run; with `options.seed` it makes the noise.
-        names: of all classes, where they are known.
+        names: of all classes, where they are known; or the prompts, which then count as classes.
+        features: of the prompts `(prompts, P, E)`, on the device, for a generator of captions.
     """
 
     tokenizer: Tokenizer
@@ -70,6 +72,7 @@ class SamplingRun:
     device: str
     seed: int = 0
     names: tuple[str, ...] = ()
+    features: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -86,10 +89,10 @@ class SamplingRun:
         """Draw the chunks that are missing, then put all of them together.
 
         Raises:
-            UserError: a generator of captions; memory for not even one image, or not for the batch size that is
-                given; settings that the generator cannot take; no disk space left.
+            UserError: a generator of captions without any; memory for not even one image, or not for the batch size
+                that is given; settings that the generator cannot take; no disk space left.
         """
-        check_labelled(self.generator)
+        self.check_condition()
         size = self._batch_size(reporter)
         own = range(distributed.rank(), -(-self.count // size), distributed.world_size())
         chunks = {chunk: torch.arange(chunk * size, min(chunk * size + size, self.count)) for chunk in own}
@@ -111,7 +114,7 @@ class SamplingRun:
     def images(self, indices: Tensor) -> Tensor:
         """The samples of these numbers `(B,)`, uint8 `(B, H, W, 3)`."""
         indices = indices.to(self.device)
-        tokens = self.generator.sample(self.labels_of(indices), self.settings, indices)
+        tokens = self.generator.sample(self.conditions_of(indices), self.settings, indices)
         return to_uint8(self.tokenizer.decode(tokens, self.generator.token_layout))
 
     def labels_of(self, indices: Tensor) -> Tensor:
@@ -119,11 +122,24 @@ class SamplingRun:
         labels = torch.tensor(self.labels, device=indices.device)
         return labels[indices % len(labels)]
 
+    def conditions_of(self, indices: Tensor) -> Tensor:
+        """What the generator takes for samples `(B,)`: their classes `(B,)`, or features of captions `(B, P, E)`."""
+        labels = self.labels_of(indices)
+        return labels if self.features is None else self.features[labels]
+
+    def check_condition(self) -> None:
+        """Raise a `UserError` for a generator of captions without any."""
+        if self.generator.captions is not None and self.features is None:
+            raise UserError(
+                f"the generator {self.generator.options.name!r} draws captions in the place of classes: give "
+                "--generator, --tokenizer and --prompts"
+            )
+
     def _batch_size(self, reporter: Reporter) -> int:
         """The first process chooses it; later ones, and restarts, find it."""
         path = self.folder / "chunks" / "batch_size.json"
         if distributed.rank() == 0 and not path.exists():
-            memory = sampling_memory(self.generator, self.tokenizer, self.settings)
+            memory = sampling_memory(self.generator, self.tokenizer, self.settings, self.features)
             free = free_memory(self.device)
             size = self.options.batch_size
             if size is None:
@@ -153,8 +169,8 @@ class SamplingRun:
 
     def _class_folder(self, index: int) -> str:
         label = self.labels[index % len(self.labels)]
-        number = f"{label:0{len(str(self.generator.classes - 1))}d}"
-        name = re.sub(r"[^\w-]+", "-", self.names[label]).strip("-") if self.names else ""
+        number = f"{label:0{len(str((len(self.names) or self.generator.classes) - 1))}d}"
+        name = re.sub(r"[^\w-]+", "-", self.names[label])[:LONGEST_NAME].strip("-") if self.names else ""
         return f"{number}-{name}" if name else number
 
     def _join(self, size: int) -> None:
@@ -197,15 +213,6 @@ def chosen_classes(wanted: Sequence[int | str], classes: int, names: Sequence[st
     if not wanted:
         return tuple(range(classes))
     return tuple(dict.fromkeys(_label(each, classes, names) for each in wanted))
-
-
-def check_labelled(generator: Generator) -> None:
-    """Raise a `UserError` for a generator of captions."""
-    if not generator.labelled:
-        raise UserError(
-            f"the generator {generator.options.name!r} takes features of captions in the place of classes, which "
-            "`smalti sample` cannot make: call its sample() from Python with the features of a text encoder"
-        )
 
 
 def enlarged(pixels: int) -> int:

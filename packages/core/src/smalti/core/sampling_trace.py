@@ -21,7 +21,7 @@ from torch import Tensor
 from smalti.core.data.images import grid, to_uint8
 from smalti.core.errors import UserError
 from smalti.core.files import write_bytes
-from smalti.core.sampling_run import SamplingRun, check_labelled, enlarged
+from smalti.core.sampling_run import SamplingRun, enlarged
 from smalti.core.tokenizer import ComposedTokenizer
 
 IMAGES = 8
@@ -39,11 +39,12 @@ def save_trace(run: SamplingRun, path: Path) -> None:
     """Write a GIF of how the first images of a run come about; they are those of the run itself.
 
     Raises:
-        UserError: a generator of captions; scales of a tokenizer whose latent cannot be decoded scale by scale.
+        UserError: a generator of captions without any; scales of a tokenizer whose latent cannot be decoded scale by
+            scale.
     """
-    check_labelled(run.generator)
+    run.check_condition()
     indices = torch.arange(min(IMAGES, run.count), device=run.device)
-    tokens, steps = run.generator.sample_traced(run.labels_of(indices), run.settings, indices)
+    tokens, steps = run.generator.sample_traced(run.conditions_of(indices), run.settings, indices)
     frames = [
         grid(images, min(COLUMNS, len(images)), enlarged(images.shape[1])) for images in pictures(run, tokens, steps)
     ]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from pydantic import ValidationInfo, field_validator
 from torch import Tensor, nn
 
+from smalti.core.captions import CaptionOptions
 from smalti.core.contracts import Generator, check_labels
 from smalti.core.errors import UserError
 from smalti.core.layout import TokenLayout
@@ -22,12 +23,11 @@ from smalti.generation.attention import Mask
 from smalti.generation.blocks import Architecture
 from smalti.generation.cache import Cache
 from smalti.generation.checks import check_batch, refused
-from smalti.generation.conditions import CaptionOptions, CaptionPrefix, ClassPrefix
+from smalti.generation.conditions import CaptionPrefix, ClassPrefix
 from smalti.generation.decoding import decoding
 from smalti.generation.llama import LlamaOptions
 from smalti.generation.losses import stream_losses
 from smalti.generation.norms import ModulatedNorm, build_norm
-from smalti.generation.rotary import rotary_table
 from smalti.generation.sampling import TokenSampler
 from smalti.generation.transformer import Transformer, initialise, initialise_modulation
 
@@ -98,7 +98,7 @@ class AR(Generator):
 
     def __init__(self, options: AROptions, layout: TokenLayout, classes: int) -> None:
         super().__init__(options, layout, classes)
-        self.labelled = options.captions is None
+        self.captions = options.captions
         if options.shared_classes and classes > layout.vocab[0]:
             raise UserError(f"shared classes are codes: {classes} classes need a codebook of as many, not {layout}")
         dim, architecture = options.dim, options.architecture(options.layers)
@@ -227,11 +227,7 @@ class AR(Generator):
         return normed
 
     def _rotary(self, device: torch.device) -> Tensor:
-        layout, options = self.token_layout, self.options
-        return rotary_table(
-            layout, options.head_dim, options.rotary_base, prefix=self.prefix_length, repeats=layout.streams,
-            device=device,
-        )  # fmt: skip
+        return self.options.rotary(self.token_layout, device, self.prefix_length, self.token_layout.streams)
 
 
 class _Given(NamedTuple):

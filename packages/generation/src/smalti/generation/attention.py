@@ -2,7 +2,8 @@
 
 Torch's own `scaled_dot_product_attention` runs unless another kernel is asked for, by `SMALTI_ATTENTION=xformers` or
 within `attention_kernel("xformers")`. A kernel is a function with the arguments of `attend`; `plain` is the formula
-itself, with which the others are compared. The log says once for each kernel that it runs.
+itself, with which the others are compared. The log, which the command line shows, says once for each kernel that it
+runs. A compiled model keeps the kernel that was chosen when it was compiled.
 
 Legend: B batch, T query positions, N key positions, H heads, d width of a head.
 """
@@ -85,13 +86,21 @@ def attend(
     assert unmasked or new <= seen, f"{new} queries cannot be the last of {seen} positions"
     if isinstance(mask, str) and new == 1:
         mask = "none"  # a single query is the last position and sees all
+    name = _chosen(isinstance(mask, BlockCausal) and dropout == 0 and _has_flex(query))
+    return KERNELS[name](query, key, value, mask, scale, dropout)
+
+
+# The environment and the log are nothing that a graph could hold.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _chosen(flex: bool) -> str:
+    """The kernel that is asked for; `flex` says whether flex attention, for block masks in training, can run."""
     name = _asked.get() or os.environ.get(ENVIRONMENT) or "sdpa"
     if name not in KERNELS:
         raise UserError(f"unknown attention kernel {name!r}; there are {', '.join(KERNELS)}")
-    if name == "flex" and not (isinstance(mask, BlockCausal) and dropout == 0 and _has_flex(query)):
-        name = "sdpa"  # flex attention is for the block masks of training, and knows no dropout
+    if name == "flex" and not flex:
+        name = "sdpa"
     _say(name)
-    return KERNELS[name](query, key, value, mask, scale, dropout)
+    return name
 
 
 def _has_flex(query: Tensor) -> bool:
@@ -118,14 +127,20 @@ def visible(mask: Mask, new: int, seen: int, device: torch.device) -> Tensor | N
     if isinstance(mask, Tensor):
         return mask
     if isinstance(mask, BlockCausal):
-        return _block_causal(mask, new, seen, device)
+        sees: Tensor | None = _block_causal(mask.sizes, new, seen, device)
+        return sees
     return torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new) if mask == "causal" else None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _block_causal(sizes: tuple[int, ...], new: int, seen: int, device: torch.device) -> Tensor | None:
+    return _kept_block_causal(sizes, new, seen, device)
 
 
 @cache
 @torch.inference_mode(mode=False)
-def _block_causal(mask: BlockCausal, new: int, seen: int, device: torch.device) -> Tensor | None:
-    blocks = mask.blocks(device)[:seen]
+def _kept_block_causal(sizes: tuple[int, ...], new: int, seen: int, device: torch.device) -> Tensor | None:
+    blocks = _blocks(sizes, device)[:seen]
     sees = blocks[seen - new :, None] >= blocks
     return None if bool(sees.all()) else sees
 

@@ -49,7 +49,8 @@ def check_batch(tokens: Tensor, labels: Tensor | None, layout: TokenLayout, clas
         classes: labels lie in `[0, classes)`.
 
     Raises:
-        UserError: a wrong shape or dtype, a token outside its codebook, a label out of range.
+        UserError: a wrong shape or dtype; outside of compiled graphs also a token outside its codebook, and a label out
+            of range.
     """
     if tokens.dtype != torch.int64 or tokens.ndim != 3 or tokens.shape[1:] != (layout.positions, layout.streams):
         raise UserError(
@@ -58,6 +59,8 @@ def check_batch(tokens: Tensor, labels: Tensor | None, layout: TokenLayout, clas
         )
     if labels is not None and labels.shape != tokens.shape[:1]:
         raise UserError(f"labels must be ({tokens.shape[0]},), one per image, got {tuple(labels.shape)}")
+    if torch.compiler.is_compiling():
+        return  # values cannot be looked at within a compiled graph
     streams = zip(tokens.unbind(-1), layout.vocab, strict=True)
     outside = torch.stack([(codes < 0) | (codes >= size) for codes, size in streams], dim=-1)
     wrong = outside.any() if labels is None else outside.any() | ((labels < 0) | (labels >= classes)).any()

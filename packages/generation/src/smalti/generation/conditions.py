@@ -8,28 +8,13 @@ Legend: B batch, P prefix positions, E width of caption features, D width of the
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
+from smalti.core.captions import CaptionOptions
 from smalti.core.contracts import check_labels
 from smalti.core.errors import UserError
-from smalti.core.options import Options
-
-
-class CaptionOptions(Options):
-    """Captions as features of a text encoder (LlamaGen: FLAN-T5-XL).
-
-    Args:
-        length: positions of a caption; a shorter one stands at their end, and the rows before it are zero.
-        width: of the features.
-    """
-
-    length: Annotated[int, Field(ge=1)] = 120
-    width: Annotated[int, Field(ge=1)] = 2048
 
 
 class ClassPrefix(nn.Module):

@@ -25,7 +25,6 @@ from smalti.generation.decoding import decoding
 from smalti.generation.llama import LlamaOptions
 from smalti.generation.losses import stream_losses
 from smalti.generation.norms import RMSNorm
-from smalti.generation.rotary import rotary_table
 from smalti.generation.sampling import TokenSampler
 from smalti.generation.transformer import Transformer, initialise
 
@@ -193,4 +192,4 @@ class FAR(Generator):
         return inputs
 
     def _rotary(self, device: torch.device) -> Tensor:
-        return rotary_table(self.token_layout, self.options.head_dim, self.options.rotary_base, device=device)
+        return self.options.rotary(self.token_layout, device)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from functools import lru_cache
+from typing import Annotated, Any
 
+import torch
 from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor
 
+from smalti.core.layout import TokenLayout
 from smalti.core.options import GeneratorOptions
 from smalti.generation.blocks import Architecture
+from smalti.generation.rotary import rotary_table
 
 
 class LlamaOptions(GeneratorOptions):
@@ -56,6 +61,12 @@ class LlamaOptions(GeneratorOptions):
         """Width of the feed-forward."""
         return -(-(8 * self.dim // 3) // self.ffn_multiple) * self.ffn_multiple
 
+    def rotary(self, layout: TokenLayout, device: torch.device, prefix: int = 1, repeats: int = 1) -> Tensor:
+        """The table of rotations, as of `rotary_table`; a compiled model holds it as a constant."""
+        key = (layout.kind, layout.shape, self.head_dim, self.rotary_base, prefix, repeats, device)
+        table: Tensor = _rotary(*key)
+        return table
+
     def architecture(self, layers: int) -> Architecture:
         """That of a stack of `layers` blocks."""
         return Architecture(
@@ -67,3 +78,16 @@ class LlamaOptions(GeneratorOptions):
             dropout=self.dropout,
             drop_path=self.drop_path,
         )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _rotary(*key: Any) -> Tensor:
+    return _kept_rotary(*key)
+
+
+@lru_cache(maxsize=16)
+def _kept_rotary(
+    kind: Any, shape: Any, head_dim: int, base: float, prefix: int, repeats: int, device: torch.device
+) -> Tensor:
+    layout = TokenLayout(kind=kind, shape=shape, vocab=(2,))  # its codes do not matter
+    return rotary_table(layout, head_dim, base, prefix=prefix, repeats=repeats, device=device)

@@ -107,9 +107,14 @@ class ZooModel(Options):
         """`importable`, or what is missing for that."""
         if self.published is False:
             return "not published"
-        if self.layout not in registry().names("checkpoint"):
+        if not self.readable:
             return f"missing: layout {self.layout!r}"
         return "importable" if self.published else "importable, where you have the file"
+
+    @property
+    def readable(self) -> bool:
+        """Whether the layout of its file is known here."""
+        return self.layout in registry().names("checkpoint")
 
     @property
     def command(self) -> str:
@@ -189,11 +194,17 @@ def fetch(model: ZooModel) -> Path:
     """The published file of a model: out of huggingface_hub's cache, or from the hub.
 
     Raises:
-        UserError: it is not published, or could not be had; says what to download from where, and what to do then.
+        UserError: it is not published, cannot be read, or could not be had; says what to download from where, and what
+            to do then.
     """
     if model.published is False:
         raise UserError(
             f"the weights of {model.name} are not published; " + (model.note or f"see {model.home}").rstrip(".")
+        )
+    if not model.readable:
+        raise UserError(
+            f"{model.name} is listed, but cannot be imported: nothing that is installed reads its layout "
+            f"{model.layout!r}"
         )
     if model.hub is None or model.file is None:
         raise UserError(

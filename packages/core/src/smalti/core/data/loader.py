@@ -23,6 +23,7 @@ from smalti.core.data.decode import UndecodableImageError, decode, decode_augmen
 from smalti.core.data.parallel import ahead, in_order
 from smalti.core.data.position import Position, Shared
 from smalti.core.data.texts import Text, text_of
+from smalti.core.data.views import Views
 from smalti.core.errors import UserError
 from smalti.core.noise import mixed_seed
 from smalti.core.options import Preprocessing
@@ -74,7 +75,7 @@ class TrainBatches:
         world_size: how many processes share the records.
         max_undecodable: images of one epoch that this process may leave out.
         warn: told about each image that is left out, once; perhaps by another thread.
-        augment: what chance does to each image.
+        augment: what chance does to each image; of views it draws one.
         workers: threads that decode, and one more that makes batches ahead of time; 0 does it all when asked.
 
     Raises:
@@ -92,7 +93,7 @@ class TrainBatches:
         world_size: int,
         max_undecodable: int,
         warn: Callable[[str], None],
-        augment: Augmentation | None = None,
+        augment: Augmentation | Views | None = None,
         workers: int = 0,
     ) -> None:
         left_out = _LeftOut(dataset.name, max_undecodable, warn)
@@ -128,7 +129,7 @@ class _Reader(NamedTuple):
     rank: int
     world_size: int
     left_out: _LeftOut
-    augment: Augmentation | None
+    augment: Augmentation | Views | None
     workers: int
 
     def batches(self, start: Position) -> Generator[_Made, None, None]:
@@ -178,7 +179,14 @@ class _Reader(NamedTuple):
         if self.augment is None:
             return item, _attempt(partial(decode, preprocessing=self.preprocessing), record)
         draws = random.Random(mixed_seed(self.seed, "augment", position.epoch, position.records))
-        decoder = partial(decode_augmented, preprocessing=self.preprocessing, augmentation=self.augment, draws=draws)
+        decoder: Callable[..., NDArray[np.uint8]]
+        if isinstance(self.augment, Views):
+            view = draws.randrange(len(self.augment.names))
+            decoder = partial(self.augment.decode, preprocessing=self.preprocessing, view=view)
+        else:
+            decoder = partial(
+                decode_augmented, preprocessing=self.preprocessing, augmentation=self.augment, draws=draws
+            )
         return item, _attempt(decoder, record)
 
     def _nothing(self, undecodable: int) -> UserError:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from smalti.core.class_names import TRAINED_ON
 from smalti.core.contracts import Generator, Tokenizer
-from smalti.core.data.token_shards import MANIFEST
 from smalti.core.errors import UserError
 from smalti.core.files import read_json
 from smalti.core.recipe import Recipe
@@ -43,17 +43,17 @@ def sampling_of(run: Path, recipe: Recipe, device: str) -> SamplingRun:
         raise UserError(f"the recipe of {run} has no section sample")
     tokenizer = Tokenizer.from_pretrained(run / "tokenizer").to(device)
     generator = Generator.from_pretrained(run / "generator").to(device)
-    _check_pair(tokenizer, run / "generator" / "tokenizer.json")
-    names = tuple(read_json(run / "tokens" / MANIFEST, "the layout of token shards")["classes"])
+    trained_on = read_json(run / "generator" / TRAINED_ON, "what the generator was trained on")
+    _check_pair(tokenizer, trained_on["tokenizer"], run / "generator")
+    names = tuple(trained_on["classes"])
     chosen = chosen_classes(recipe.sample.classes, generator.classes, names)
     return SamplingRun(tokenizer, generator, recipe.sample, chosen, run / "samples", device, recipe.seed, names)
 
 
-def _check_pair(tokenizer: Tokenizer, path: Path) -> None:
-    trained_with = read_json(path, "the tokenizer's fingerprint")["tokenizer"]
+def _check_pair(tokenizer: Tokenizer, trained_with: str, folder: Path) -> None:
     found = fingerprint(tokenizer, tokenizer.config())
     if trained_with != found:
         raise UserError(
-            f"the generator in {path.parent} was trained on tokens of another tokenizer ({trained_with}, this "
+            f"the generator in {folder} was trained on tokens of another tokenizer ({trained_with}, this "
             f"one is {found}): run `smalti tokenize` and `smalti train generator` again"
         )

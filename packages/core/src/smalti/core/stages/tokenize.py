@@ -13,11 +13,11 @@ from torch import Tensor
 from smalti.core import distributed
 from smalti.core.contracts import Tokenizer
 from smalti.core.data.dataset import ImageDataset
-from smalti.core.data.decode import ten_views
 from smalti.core.data.loader import IndexedBatch, read_images
 from smalti.core.data.stored_tokens import TokenSamples, TokenSource
 from smalti.core.data.tar_shards import read_shard
 from smalti.core.data.token_shards import ShardEntry, TokenManifest, shard_name, write_manifest, write_token_shard
+from smalti.core.data.views import Views
 from smalti.core.options import Preprocessing
 from smalti.core.recipe import TokenizeSection
 from smalti.core.stage import Stage
@@ -69,7 +69,7 @@ class Tokenize(Stage):
         stored = self.options.stored
         if stored is None:
             dataset = self.context.recipe.data.train.build()
-            source = TokenSource(dataset.name, dataset.classes, tuple(self._views()), len(dataset))
+            source = TokenSource(dataset.name, dataset.classes, self._views, len(dataset))
             return source, partial(self._encoded, tokenizer, dataset)
 
         def read(start: int, stop: int, advance: Callable[[int], None]) -> TokenSamples:
@@ -79,10 +79,10 @@ class Tokenize(Stage):
 
         return stored.source(), read
 
-    def _views(self) -> list[str]:
+    @property
+    def _views(self) -> tuple[str, ...]:
         """Their names."""
-        ranges = self.options.ten_crops
-        return [name for crops in ranges for name in ten_views(crops)] or ["original", "flip"][: 1 + self.options.flip]
+        return Views(self.options.flip, self.options.ten_crops).names
 
     @torch.inference_mode()
     def _encoded(
@@ -91,7 +91,7 @@ class Tokenize(Stage):
         layout = tokenizer.layout()
         keys: list[str] = []
         labels: list[int] = []
-        empty = np.empty((0, len(self._views()), layout.positions, layout.streams), np.int64)
+        empty = np.empty((0, len(self._views), layout.positions, layout.streams), np.int64)
         tokens = [empty]
         for images, batch in self._images(tokenizer.preprocessing, dataset, start, stop):
             # View by view, so that as many images are encoded at once with many views as with one.
@@ -127,7 +127,7 @@ class Tokenize(Stage):
                 yield [view for batch in sets for view in batch.images.unbind(1)], sets[0]
             else:
                 images = sets[0].images
-                yield [images, images.flip(-1)][: len(self._views())], sets[0]
+                yield [images, images.flip(-1)][: len(self._views)], sets[0]
 
     def _finish(self, paths: list[Path], tokenizer: Tokenizer, source: TokenSource) -> None:
         """Write the file that says the shards are complete; undecodable images are not in them."""

@@ -23,6 +23,7 @@ from smalti.core.files import write_bytes
 from smalti.core.progress import Reporter
 from smalti.core.run_folder import RunFolder
 from smalti.core.training.options import GeneratorValidation
+from smalti.core.training.sharding import is_sharded, whole
 from smalti.core.training.trackers import Trackers
 from smalti.core.training.validator import VISIBLE, replaced
 
@@ -39,7 +40,7 @@ class TeacherForced(Protocol):
 
 
 class GeneratorValidator:
-    """Measures the same tokens and draws the same samples every time; every process does all of it.
+    """Measures the same tokens and draws the same samples every time; every process does all of it, where it can.
 
     Args:
         options: what, and when.
@@ -152,12 +153,29 @@ class GeneratorValidator:
                 found[f"scale_{scale}" if layout.streams == 1 else f"scale_{scale}_{stream}"] = part.mean()
         return found
 
+    def _drawing(self) -> Generator | None:
+        """What draws. Of a generator that is divided over processes that is a copy, on the first of them.
+
+        Sampling goes through all blocks once for each token; gathering them each time would take far longer.
+        """
+        if not is_sharded(self.generator):
+            return self.generator
+        weights = whole(self.generator.state_dict())
+        if distributed.rank() != 0:
+            return None
+        copy = type(self.generator).from_config(self.generator.config())
+        copy.load_state_dict(weights)
+        return copy.to(self._device).eval()
+
     def _draw(self, step: int, trackers: Trackers | None) -> None:
         count = self.options.pictures
         if not count:
             return
-        labels = torch.arange(count, device=self._device) % self.generator.classes
-        tokens = self.generator.sample(labels, self.options.sampling)
+        generator = self._drawing()
+        if generator is None:
+            return
+        labels = torch.arange(count, device=self._device) % generator.classes
+        tokens = generator.sample(labels, self.options.sampling)
         images = to_uint8(self.tokenizer.decode(tokens, self.generator.token_layout)).cpu()
         if distributed.rank() != 0:
             return

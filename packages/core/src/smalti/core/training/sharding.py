@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import register_dataclass, tree_map_only
 
@@ -41,11 +41,16 @@ def shard(model: nn.Module, device: torch.device, kept: Iterable[nn.Parameter] =
     for block in blocks(model):
         fully_shard(block, mesh=mesh, ignored_params=whole_ones)
     fully_shard(model, mesh=mesh, ignored_params=whole_ones)
-    called_by_validation = {Tokenizer: ("encode", "decode"), Generator: ("sample", "logits")}
+    called_by_validation = {Tokenizer: ("encode", "decode"), Generator: ("logits",)}
     for kind, methods in called_by_validation.items():
         for method in methods:
             if isinstance(model, kind) and hasattr(model, method):
                 register_fsdp_forward_method(model, method)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether its weights are divided over processes."""
+    return isinstance(model, FSDPModule)
 
 
 def average_whole(gradients: Iterable[Tensor]) -> None:

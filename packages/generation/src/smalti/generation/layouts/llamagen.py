@@ -9,6 +9,9 @@ from smalti.core.checkpoints.layout import CheckpointLayout, Shapes, count
 from smalti.core.checkpoints.rules import Rename, Rule
 from smalti.generation.layouts.llama import RUN_TIME, block_rules, grid, llama_options
 
+TEXT_ENCODER = "google/flan-t5-xl"
+"""Of the published text-conditional models; their files do not tell."""
+
 
 class LlamaGenGPT(CheckpointLayout):
     """LlamaGen's class-conditional transformers; no file tells the grid: `layout.shape=[[24, 24]]` for 384 pixels."""
@@ -71,7 +74,7 @@ class LlamaGenTextGPT(LlamaGenGPT):
     def condition(self, shapes: Shapes) -> dict[str, Any]:
         """The null caption has the length and the width of all."""
         length, width = shapes["cls_embedding.uncond_embedding"]
-        return {"captions": {"length": length, "width": width}}
+        return {"captions": {"length": length, "width": width, "encoder": TEXT_ENCODER}}
 
     def classes(self, shapes: Shapes) -> int:
         """There are no classes."""
