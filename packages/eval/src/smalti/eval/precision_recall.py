@@ -15,6 +15,13 @@ from smalti.eval.distances import Rounding, centred, distance_blocks, radii
 from smalti.eval.feature_rows import check_sets
 
 
+class Memberships(NamedTuple):
+    """`samples` `(N,)`: whether each lies in the manifold of the references; `references` `(M,)`: the reverse."""
+
+    samples: Tensor
+    references: Tensor
+
+
 class PrecisionRecall(NamedTuple):
     """Shares in [0, 1].
 
@@ -34,11 +41,23 @@ def definition(neighbours: int, distances: Rounding = "float32") -> str:
     )
 
 
-@torch.no_grad()
 def precision_recall(
     samples: Tensor, references: Tensor, neighbours: int = 3, distances: Rounding = "float32"
 ) -> PrecisionRecall:
-    """Precision and recall of samples `(N, D)` against references `(M, D)` (section 3, eq. 1 and 2).
+    """Precision and recall of samples `(N, D)` against references `(M, D)`: the shares of their `memberships`."""
+    return shares(memberships(samples, references, neighbours, distances))
+
+
+def shares(found: Memberships) -> PrecisionRecall:
+    """Precision and recall that follow from memberships."""
+    return PrecisionRecall(*(int(inside.sum()) / len(inside) for inside in found))
+
+
+@torch.no_grad()
+def memberships(
+    samples: Tensor, references: Tensor, neighbours: int = 3, distances: Rounding = "float32"
+) -> Memberships:
+    """Which samples and references lie in the manifold of the other set (section 3, eq. 1 and 2).
 
     The manifold of a set is the union of balls around its vectors, each as large as the distance to the
     vector's `neighbours`-th nearest other vector of the set; a vector on a border lies inside. Distances are
@@ -65,7 +84,7 @@ def precision_recall(
         # a - b <= 0 just where a <= b, and minima are quicker than comparisons.
         inside[rows] |= (found - others[columns]).amin(1) <= 0
         covered[columns] |= found.sub_(own[rows, None]).amin(0) <= 0
-    return PrecisionRecall(int(inside.sum()) / len(samples), int(covered.sum()) / len(references))
+    return Memberships(inside, covered)
 
 
 def check_neighbours(samples: Tensor, references: Tensor, neighbours: int) -> None:
