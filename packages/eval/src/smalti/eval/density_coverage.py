@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smalti.eval.distances import centred, distance_blocks, radii
+from smalti.eval.distances import centre_of, distance_blocks, moved, radii
 from smalti.eval.precision_recall import check_neighbours
 
 
@@ -67,11 +67,12 @@ def balls(samples: Tensor, references: Tensor, neighbours: int = 5) -> Balls:
         UserError: other shapes, values that are not finite, or no more vectors than `neighbours` in a set.
     """
     check_neighbours(samples, references, neighbours)
-    samples, references = centred(samples, references)
+    centre = centre_of(references)
+    references = moved(references, centre)
     sizes = radii(references, neighbours)
     counts = torch.zeros(len(samples), dtype=torch.int64, device=samples.device)
     covered = torch.zeros(len(references), dtype=torch.bool, device=references.device)
-    for rows, columns, found in distance_blocks(samples, references, "float32"):
+    for rows, columns, found in distance_blocks(samples, references, "float32", centre=centre):
         inside = found <= sizes[columns]
         counts[rows] += inside.sum(1)
         covered[columns] |= inside.any(0)

@@ -29,6 +29,7 @@ from smalti.eval.extraction import Extracted, Wanted, extract
 from smalti.eval.figures import Figure, library_versions
 from smalti.eval.image_pairs import ImagePairs, PairResults
 from smalti.eval.image_source import ImageSource
+from smalti.eval.inception import Inception
 from smalti.eval.measures import Measure, chosen_metrics, union
 from smalti.eval.reference_statistics import StatisticsFile
 
@@ -83,6 +84,11 @@ def evaluate_images(asked: Asked, reporter: Reporter) -> Evaluation:
     if pair_metrics and references is not None and len(images) != len(references):
         raise UserError(
             f"{min(pair_metrics)} compares pairs, but there are {len(images)} images and {len(references)} references"
+        )
+    if "accuracy" in measures and isinstance(extractor, Inception):
+        raise UserError(
+            "accuracy needs a classifier of the images' own classes, and FID's Inception has 1008 others: take "
+            "--protocol classifier extractor.folder=RUN/evaluation/classifier"
         )
     _check_classes(images, references, measures)
     given = _measured_references(asked, references, statistics, extractor, measures, reporter)

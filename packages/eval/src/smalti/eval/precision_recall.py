@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from smalti.core.errors import UserError
-from smalti.eval.distances import Rounding, centred, distance_blocks, radii
+from smalti.eval.distances import Rounding, centre_of, distance_blocks, moved, radii
 from smalti.eval.feature_rows import check_sets
 
 
@@ -74,13 +74,16 @@ def memberships(
         UserError: other shapes, values that are not finite, or no more vectors than `neighbours` in a set.
     """
     check_neighbours(samples, references, neighbours)
-    samples, references = (
-        centred(samples, references) if distances == "float32" else (samples.float(), references.float())
-    )
-    own, others = radii(samples, neighbours, distances), radii(references, neighbours, distances)
+    centre = centre_of(references) if distances == "float32" else None
+    if centre is None:
+        samples, references = samples.float(), references.float()
+        own = radii(samples, neighbours, distances)
+    else:
+        own, references = radii(moved(samples, centre), neighbours), moved(references, centre)
+    others = radii(references, neighbours, distances)
     inside = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
     covered = torch.zeros(len(references), dtype=torch.bool, device=references.device)
-    for rows, columns, found in distance_blocks(samples, references, distances):
+    for rows, columns, found in distance_blocks(samples, references, distances, centre=centre):
         # a - b <= 0 just where a <= b, and minima are quicker than comparisons.
         inside[rows] |= (found - others[columns]).amin(1) <= 0
         covered[columns] |= found.sub_(own[rows, None]).amin(0) <= 0
