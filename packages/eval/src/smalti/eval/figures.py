@@ -45,17 +45,25 @@ class Figure(Options):
 
     def text(self) -> str:
         """The value as people read it."""
+        return self._text(self.value)
+
+    def interval_text(self) -> str:
+        """The ends of the interval as people read them, empty where there is none."""
+        return "" if self.interval is None else " to ".join(map(self._text, self.interval))
+
+    def _text(self, value: float) -> str:
         if self.unit == "share":
-            return f"{100 * self.value:.1f} %"
-        digits = 3 if abs(self.value) < 1 else 2 if abs(self.value) < 10 else 1
-        return f"{self.value:.{digits}f} {self.unit}".rstrip()
+            return f"{100 * value:.1f} %"
+        size = abs(value)
+        number = f"{value:.3g}" if 0 < size < 0.1 else f"{value:.{3 if size < 1 else 2 if size < 10 else 1}f}"
+        return f"{number} {self.unit}".rstrip()
 
     def spread(self) -> str:
         """The lowest and the highest of the parts, empty where there are none."""
         if len(self.parts) < 2:
             return ""
         ends = (function(self.parts, key=lambda name: self.parts[name]) for function in (min, max))
-        return " to ".join(f"{self.parts[name]:.4g} ({name})" for name in ends)
+        return " to ".join(f"{self._text(self.parts[name])} ({name})" for name in ends)
 
     def exact(self) -> str:
         """The value with six digits, and its interval: what a comparison needs."""

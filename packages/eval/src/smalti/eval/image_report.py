@@ -63,9 +63,10 @@ def markdown(evaluation: Evaluation) -> str:
         "| figure | value | 95 % interval |",
         "|---|---|---|",
     ]
-    for figure in evaluation.figures:
-        ends = f"{figure.interval[0]:.4g} to {figure.interval[1]:.4g}" if figure.interval else ""
-        lines.append(f"| {figure.title} {ARROWS[figure.better]} | {figure.text()} | {ends} |")
+    lines += [
+        f"| {figure.title} {ARROWS[figure.better]} | {figure.text()} | {figure.interval_text()} |"
+        for figure in evaluation.figures
+    ]
     lines += ["", *(f"> {warning}" for warning in evaluation.warnings)]
     lines += ["", "## How they were measured", ""]
     for figure in evaluation.figures:
@@ -106,12 +107,14 @@ def _escaped(text: str) -> str:
 
 def _digits(figure: Figure) -> str:
     """As papers print them: without a unit, shares as numbers."""
-    return f"{figure.value:.{4 if abs(figure.value) < 1 and figure.unit != 'share' else 2}f}"
+    if figure.unit == "share":
+        return f"{figure.value:.2f}"
+    return f"{figure.value:.3g}" if 0 < abs(figure.value) < 0.1 else f"{figure.value:.{4 if figure.value < 1 else 2}f}"
 
 
 def _depends_on(record: Mapping[str, Any]) -> dict[str, str]:
     """What figures depend on beside their protocol, each in a few words."""
-    found = {"images": f"{record['images']['source']} {record['images']['sha256'][:16]}"}
+    found = {"images": f"{record['images']['source']} {record['images']['sha256'][:16]}".rstrip()}
     if record["reference"]:
         found["reference"] = f"{record['reference']['source']} {record['reference']['sha256'][:16]}"
     if record["extractor"]:
@@ -126,7 +129,7 @@ def _libraries(record: Mapping[str, Any]) -> str:
 def _tiles(figures: dict[str, Figure]) -> list[str]:
     tiles = []
     for figure in figures.values():
-        ends = f"95 % between {figure.interval[0]:.4g} and {figure.interval[1]:.4g}" if figure.interval else ""
+        ends = f"95 %: {figure.interval_text()}" if figure.interval else ""
         tiles.append(tile(figure.title, figure.text(), ends or figure.spread() or f"{figure.better} is better"))
     return tiles
 

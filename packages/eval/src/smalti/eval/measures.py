@@ -177,7 +177,7 @@ MEASURES: dict[str, Measure] = {
     "density-coverage": Measure(_POOL, _POOL, _density_coverage),
     "cmmd": Measure(_POOL, _POOL, _cmmd),
     "class-fid": _by_class("class-fid", "FID by class"),
-    "class-fd": _by_class("class-fd", "Fréchet distance by class"),
+    "class-fd": _by_class("class-fd", "FD by class"),
     "accuracy": Measure(Wanted(rows=frozenset({"logits"}), labels=True), Wanted(), _accuracy),
 }
 
