@@ -45,6 +45,7 @@ def test_all_are_listed_and_none_is_imported(call):
 
 def test_a_command_of_a_plugin_runs(call):
     assert call("evaluate", "shout", "stop").stdout == "STOP\n"
+    assert call("evaluate", "--shout", "stop").stdout == "STOP\n"
     helped = call("evaluate", "shout", "--help")
     assert "evaluate shout [OPTIONS]" in helped.stdout
     assert "Say it louder." in helped.stdout

@@ -1,4 +1,4 @@
-"""`smalti evaluate images`, `stats` and `compare` as commands."""
+"""`smalti evaluate images`, `tokens`, `stats` and `compare` as commands."""
 
 import json
 import os
@@ -53,6 +53,7 @@ def test_from_two_sets_of_images_to_a_comparison(smalti, archives, tmp_path):
     compared = smalti("compare", "one/results.json", "one/results.json")
     assert compared.returncode == 0, compared.stderr
     assert compared.stdout.splitlines()[1].split()[-4:] == ["+0", "lower", "is", "better"]
+    assert smalti("--compare", "one/results.json", "one/results.json").stdout == compared.stdout
     refused = smalti("compare", "one/results.json", "two/results.json")
     assert refused.returncode == 2
     assert "are not comparable: reference.kind is 'images' and 'statistics'" in refused.stderr
@@ -67,7 +68,7 @@ def test_missing_weights_are_told_before_anything_else(smalti, tmp_path):
 
 def test_help_needs_no_torch(smalti, tmp_path):
     (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
-    for command in ((), ("images",), ("stats",), ("compare",)):
+    for command in ((), ("images",), ("tokens",), ("stats",), ("compare",)):
         done = smalti(*command, "--help", PYTHONPATH=f"{tmp_path}:{PLUGIN}")
         assert done.returncode == 0, done.stderr
         assert "Usage: " in done.stdout

@@ -1,8 +1,10 @@
 """Two sets of images to figures, in the features of a small seeded network."""
 
+import io
 import json
 import re
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -139,13 +141,13 @@ def test_the_report_shows_figures_pairs_and_a_table(folders, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png") == 2 * 2 * 8
     assert page.count("<svg") == 3  # the brand, precision and recall, the histogram
-    assert "95 % between" in page
+    assert re.search(r"95 %: [\d.]+ to [\d.]+<", page)
     assert "$" not in re.sub(r"\$\\\w+\$", "", page)  # nothing was left to fill in
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| FID ↓ | " in text
     assert "![pairs](pairs.png)" in text
     table = (tmp_path / "out" / "table.tex").read_text()
-    assert table.startswith("% protocol toy, 40 images, reference ")
+    assert table.startswith("% 40 images, protocol toy, images ")
     assert r"Method & FID $\downarrow$ & Precision $\uparrow$ & Recall $\uparrow$ & PSNR $\uparrow$" in table
     before = page
     write_evaluation(tmp_path / "out", evaluated(*folders, ("fid", "precision-recall", "psnr", "ssim"), repeats=5))
@@ -153,8 +155,15 @@ def test_the_report_shows_figures_pairs_and_a_table(folders, tmp_path):
 
 
 def test_an_interval_surrounds_the_figure(folders):
-    (figure,) = evaluated(*folders, ("fid",), repeats=20).figures
-    assert figure.interval[0] < figure.value < figure.interval[1]
+    found = evaluated(*folders, TOGETHER, repeats=20)
+    for figure in found.figures:
+        low, high = figure.interval
+        certain = figure.unit == "share" and figure.value in (0, 1)
+        assert low == high if certain else low < figure.value < high, figure.name
+    noise = found.pairs.psnr
+    reach = 1.96 * float(noise.std()) / len(noise) ** 0.5  # of a mean, in closed form
+    low, high = next(figure.interval for figure in found.figures if figure.name == "psnr")
+    assert (high - low) / 2 == pytest.approx(reach, rel=0.5)
 
 
 def test_statistics_take_the_place_of_the_images(folders, tmp_path):
@@ -279,10 +288,66 @@ def test_what_is_wrong_is_told_before_an_image_is_read(folders, tmp_path):
 
 def test_every_protocol_is_complete():
     for name in PROTOCOLS:
-        assert protocol(name).name == name
+        needed = ["extractor.folder=f"] if name == "classifier" else []
+        assert protocol(name, needed).name.startswith(name)
     changed = protocol("adm", ["extractor.precision=bfloat16", "extractor.weights=/w.pth"])
     assert changed.name == "adm with extractor.precision=bfloat16"
     assert protocol("adm").extractor.precision == "float32"
+
+
+@pytest.fixture
+def classes(tmp_path):
+    """The same images in folders of two classes, in tar shards, and in an archive, and a reference in folders."""
+    labels = np.arange(40) % 2
+    for name, seed in (("drawn", 0), ("real", 1)):
+        for index, (image, label) in enumerate(zip(pictures(seed), labels, strict=True)):
+            folder = tmp_path / name / "ab"[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{index:02d}.png")
+    order = np.argsort(labels, kind="stable")
+    np.savez(tmp_path / "drawn.npz", pictures(0)[order], labels[order])
+    with tarfile.open(tmp_path / "drawn.tar", "w") as tar:
+        for index in order:
+            png = (tmp_path / "drawn" / "ab"[labels[index]] / f"{index:02d}.png").read_bytes()
+            for ending, content in (("png", png), ("cls", b"%d\n" % labels[index])):
+                info = tarfile.TarInfo(f"{index:02d}.{ending}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return tmp_path
+
+
+def test_classes_are_compared_one_by_one(classes):
+    asked = ("class-fid", "accuracy")
+    found = evaluated(str(classes / "drawn"), str(classes / "real"), asked)
+    fid, accuracy = found.figures
+    by_class = [
+        frechet_distance_of_rows(*(features(classes / side / label)["pool"] for side in ("drawn", "real")))
+        for label in "ab"
+    ]
+    assert list(fid.parts.values()) == pytest.approx(by_class)
+    assert fid.value == pytest.approx(np.mean(by_class))
+    assert list(fid.parts) == ["class 0", "class 1"]
+    logits = [features(classes / "drawn" / label)["logits"].argmax(1) for label in "ab"]
+    right = [float((decisions == label).double().mean()) for label, decisions in enumerate(logits)]
+    assert list(accuracy.parts.values()) == pytest.approx(right)
+    assert accuracy.value == pytest.approx(np.mean(right))
+    assert "FID by class: a Frechet distance of 20 vectors of 6 values is biased upwards" in found.warnings[-1]
+    for name in ("drawn.npz", "drawn.tar"):
+        stored = evaluated(str(classes / name), str(classes / "real"), asked)
+        assert values(stored) == pytest.approx(values(found), rel=1e-9)
+        assert evaluated(str(classes / name), str(classes / "real"), asked, count=9).figures[1].parts.keys() == {
+            "class 0"
+        }
+
+
+def test_figures_of_classes_need_classes(classes, folders):
+    with pytest.raises(UserError, match=r"copies does not tell the classes of its images: a folder has a folder for "):
+        evaluated(folders[0], str(classes / "real"), ("class-fd",))
+    (classes / "real" / "b").rename(classes / "real" / "c")
+    with pytest.raises(
+        UserError, match=r"^class-fd compares class by class, but .*drawn has the classes a, b and .*c$"
+    ):
+        evaluated(str(classes / "drawn"), str(classes / "real"), ("class-fd",))
 
 
 def test_only_what_is_comparable_is_compared(folders, tmp_path):

@@ -159,6 +159,7 @@ def test_the_same_report_is_the_same_text(report):
         (143.21, "codes", "143.2 codes"),
         (1.734, "", "1.73"),
         (0.2134, "", "0.213"),
+        (-0.0017912, "", "-0.00179"),
     ],
 )
 def test_values_are_written_for_people(value, unit, text):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from smalti.core.codebook_health import CodebookHealth
-from smalti.eval.distances import centred, radii
+from smalti.eval.distances import centre_of, moved, radii
 from smalti.eval.frechet import GaussianStatistics, frechet_distance
 from smalti.eval.inception_score import adm_inception_score, inception_score
 from smalti.eval.pairwise import pooled_psnr, psnr, ssim, ssim_reflected, ssim_uniform
@@ -52,7 +52,7 @@ def adm(case: Case, parity: ModuleType) -> Stages:
         inception_score(logits, splits=1, seed=None).mean,
         adm_inception_score(logits, split_size=400).mean,
     )
-    return {"metrics": metrics, "radii": radii(centred(references, references)[0], 3)[:, None]}
+    return {"metrics": metrics, "radii": radii(moved(references, centre_of(references)), 3)[:, None]}
 
 
 def gaussiantoken(case: Case, parity: ModuleType) -> Stages:

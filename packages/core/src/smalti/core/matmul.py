@@ -31,5 +31,5 @@ def has_packed_products() -> bool:
 
     The operators are private to torch, which may rename or drop them.
     """
-    names = ("_reorder_linear_weight", "_linear_pointwise")
+    names = ("_reorder_linear_weight", "_linear_pointwise", "data_ptr", "_nbytes")
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)

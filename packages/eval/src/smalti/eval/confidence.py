@@ -26,6 +26,11 @@ class Interval(NamedTuple):
     high: float
     deviation: float
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """`low` and `high`."""
+        return self.low, self.high
+
 
 class Extrapolation(NamedTuple):
     """A figure for infinitely many samples.
@@ -66,11 +71,17 @@ def bootstrap(
     random = np.random.default_rng(seed)
     found = []
     for _ in range(repeats):
-        drawn = torch.from_numpy(random.integers(len(samples), size=len(samples))).to(samples.device)
+        # In their order, which the Inception Score of consecutive samples looks at.
+        drawn = torch.from_numpy(np.sort(random.integers(len(samples), size=len(samples)))).to(samples.device)
         found.append(measure(samples[drawn]))
     value, deviation = measure(samples), float(np.std(found, ddof=1))
     reach = NormalDist().inv_cdf((1 + level) / 2) * deviation
     return Interval(value, value - reach, value + reach, deviation)
+
+
+def bootstrap_of_mean(values: Tensor, repeats: int = 100, level: float = 0.95, seed: int = 0) -> Interval:
+    """The same of the mean of one number for each image, `(N,)`; errors as `bootstrap`."""
+    return bootstrap(lambda rows: float(rows.mean()), values.double()[:, None], repeats, level, seed)
 
 
 def frechet_infinity(

@@ -10,8 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smalti.eval.distances import centred, distance_blocks, radii
+from smalti.eval.distances import centre_of, distance_blocks, moved, radii
 from smalti.eval.precision_recall import check_neighbours
+
+
+class Balls(NamedTuple):
+    """`counts` int64 `(N,)`: in how many balls around references each sample lies; `covered` `(M,)`: a sample is in."""
+
+    counts: Tensor
+    covered: Tensor
 
 
 class DensityCoverage(NamedTuple):
@@ -33,9 +40,20 @@ def definition(neighbours: int) -> str:
     )
 
 
-@torch.no_grad()
 def density_coverage(samples: Tensor, references: Tensor, neighbours: int = 5) -> DensityCoverage:
-    """Density and coverage of samples `(N, D)` against references `(M, D)`, in blocks as `precision_recall`.
+    """Density and coverage of samples `(N, D)` against references `(M, D)`, from their `balls`."""
+    return shares(balls(samples, references, neighbours), neighbours)
+
+
+def shares(found: Balls, neighbours: int) -> DensityCoverage:
+    """Density and coverage that follow from balls of the `neighbours`-th nearest reference."""
+    density = int(found.counts.sum()) / (neighbours * len(found.counts))
+    return DensityCoverage(density, int(found.covered.sum()) / len(found.covered))
+
+
+@torch.no_grad()
+def balls(samples: Tensor, references: Tensor, neighbours: int = 5) -> Balls:
+    """Which samples lie in which balls, in blocks as `smalti.eval.precision_recall.memberships`.
 
     A sample on the border of a ball lies inside, as in precision and recall; the authors' code leaves it out. The
     two differ only where distances are equal, as with copies of references.
@@ -49,12 +67,13 @@ def density_coverage(samples: Tensor, references: Tensor, neighbours: int = 5) -
         UserError: other shapes, values that are not finite, or no more vectors than `neighbours` in a set.
     """
     check_neighbours(samples, references, neighbours)
-    samples, references = centred(samples, references)
+    centre = centre_of(references)
+    references = moved(references, centre)
     sizes = radii(references, neighbours)
-    balls = 0
+    counts = torch.zeros(len(samples), dtype=torch.int64, device=samples.device)
     covered = torch.zeros(len(references), dtype=torch.bool, device=references.device)
-    for _, columns, found in distance_blocks(samples, references, "float32"):
+    for rows, columns, found in distance_blocks(samples, references, "float32", centre=centre):
         inside = found <= sizes[columns]
-        balls += int(inside.sum())
+        counts[rows] += inside.sum(1)
         covered[columns] |= inside.any(0)
-    return DensityCoverage(balls / (neighbours * len(samples)), int(covered.sum()) / len(references))
+    return Balls(counts, covered)

@@ -5,6 +5,7 @@ Legend: N M vectors of the sets, D their width, R C rows and columns of a block.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -25,23 +26,23 @@ Distances = Callable[[Tensor], Tensor]
 """Vectors `(R, D)` to their squared distances `(R, C)` from the columns that it was made for."""
 
 
-def centred(samples: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sets as float32, moved by the mean of the references.
+def centre_of(references: Tensor) -> Tensor:
+    """The mean `(D,)` of references `(M, D)`, of their float type or of float32 where that is wider.
 
     Distances do not change when both sets are moved; near the origin |u|^2 - 2uv + |v|^2 cancels least.
     """
-    wide = torch.promote_types(torch.promote_types(samples.dtype, references.dtype), torch.float32)
     total = torch.zeros(references.shape[1], dtype=torch.float64, device=references.device)
     for block in references.split(BLOCK):
         total += block.sum(0, dtype=torch.float64)
-    centre = (total / len(references)).to(wide)
-    moved = []
-    for vectors in (samples, references):
-        target = torch.empty(vectors.shape, dtype=torch.float32, device=vectors.device)
-        for block, place in zip(vectors.split(BLOCK), target.split(BLOCK), strict=True):
-            place.copy_(block.to(wide).sub(centre))
-        moved.append(target)
-    return moved[0], moved[1]
+    return (total / len(references)).to(torch.promote_types(references.dtype, torch.float32))
+
+
+def moved(vectors: Tensor, centre: Tensor) -> Tensor:
+    """Vectors `(N, D)` with the origin at `centre`, as float32."""
+    target = torch.empty(vectors.shape, dtype=torch.float32, device=vectors.device)
+    for block, place in zip(vectors.split(BLOCK), target.split(BLOCK), strict=True):
+        place.copy_(block - centre)
+    return target
 
 
 def float32_distances(columns: Tensor) -> Distances:
@@ -92,17 +93,18 @@ def _half_lengths(vectors: Tensor) -> Tensor:
 
 
 def distance_blocks(
-    rows: Tensor, columns: Tensor, rounding: Rounding, *, upper: bool = False
+    rows: Tensor, columns: Tensor, rounding: Rounding, *, upper: bool = False, centre: Tensor | None = None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """All squared distances of two sets in blocks: which rows, which columns, and the distances `(R, C)`.
 
     A block is valid until the next one and may be changed.
 
     Args:
-        rows: float32 `(N, D)`.
+        rows: float32 `(N, D)`, or of any float type where there is a `centre`.
         columns: float32 `(M, D)`.
         rounding: `float16` is that of `half_distances`, except for parts that do not fit into it.
         upper: leave out blocks below the diagonal.
+        centre: where the rows are still to be moved, block by block, so that there is no second copy of them.
     """
     with true_float32():
         for some_columns in _spans(0, len(columns), ADM_BLOCK):
@@ -112,7 +114,7 @@ def distance_blocks(
                     distances = (half_distances if halved else float32_distances)(columns[column])
                     for row in _spans(some_rows.start, some_rows.stop, BLOCK):
                         if not upper or row.start <= column.start:
-                            yield row, column, distances(rows[row])
+                            yield row, column, distances(rows[row] if centre is None else moved(rows[row], centre))
 
 
 def _spans(start: int, stop: int, size: int) -> list[slice]:
@@ -136,35 +138,30 @@ def radii(vectors: Tensor, neighbours: int, rounding: Rounding = "float32") -> T
     """
     exact = rounding == "float32"
     count = neighbours if exact else neighbours + 1
-    best = vectors.new_full((len(vectors), count), torch.inf)
+    # By first row the nearest of every block, put together once at the end: a few numbers for each vector and block.
+    nearest: dict[int, list[Tensor]] = defaultdict(list)
     for rows, columns, distances in distance_blocks(vectors, vectors, rounding, upper=exact):
         own = rows == columns
         if exact and own:
             distances.fill_diagonal_(torch.inf)
-        _keep(best, rows, distances)
+        nearest[rows.start].append(smallest(distances, count))
         if exact and not own:  # the same distances, seen from the other side
-            _keep(best, columns, distances.T)
-    return best[:, -1]
-
-
-def _keep(best: Tensor, rows: slice, distances: Tensor) -> None:
-    count = best.shape[1]
-    found = torch.cat([best[rows], smallest(distances, count)], 1)
-    best[rows] = found.topk(count, dim=1, largest=False).values.sort(1).values
+            nearest[columns.start].append(smallest(distances.T, count))
+    return torch.cat([torch.cat(nearest[start], 1).kthvalue(count).values for start in sorted(nearest)])
 
 
 def smallest(distances: Tensor, count: int) -> Tensor:
-    """The `count` smallest of every row, `(R, count)` in ascending order; all of them where there are fewer.
+    """The `count` smallest of every row, `(R, count)` in any order; all of them where there are fewer.
 
     The smallest values lie in the groups with the smallest minima: minima are quick, and few values are left to sort.
     """
     columns = distances.shape[1]
     whole = columns - columns % GROUPS
     if whole < 8 * GROUPS or count > GROUPS:
-        return distances.topk(min(count, columns), dim=1, largest=False).values
+        return distances.topk(min(count, columns), dim=1, largest=False, sorted=False).values
     groups = distances[:, :whole].unflatten(1, (whole // GROUPS, GROUPS))
     turned = distances.stride(0) == 1  # then minima are quick only in the order of memory
     minima = groups.permute(1, 2, 0).amin(0).T.contiguous() if turned else groups.amin(1)
-    nearest = minima.topk(count, dim=1, largest=False).indices
+    nearest = minima.topk(count, dim=1, largest=False, sorted=False).indices
     chosen = groups.gather(2, nearest[:, None].expand(-1, whole // GROUPS, -1)).flatten(1)
-    return torch.cat([chosen, distances[:, whole:]], 1).topk(count, dim=1, largest=False).values
+    return torch.cat([chosen, distances[:, whole:]], 1).topk(count, dim=1, largest=False, sorted=False).values

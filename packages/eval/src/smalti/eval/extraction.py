@@ -24,13 +24,14 @@ from smalti.eval.image_source import ImageBatch, ImageSource
 
 @dataclass(frozen=True)
 class Wanted:
-    """Names of the features whose mean and covariance are wanted, and of those that are wanted one by one."""
+    """Names of the features whose mean and covariance are wanted, of those wanted one by one, and whether classes."""
 
     statistics: frozenset[str] = frozenset()
     rows: frozenset[str] = frozenset()
+    labels: bool = False
 
     def __or__(self, other: Wanted) -> Wanted:
-        return Wanted(self.statistics | other.statistics, self.rows | other.rows)
+        return Wanted(self.statistics | other.statistics, self.rows | other.rows, self.labels or other.labels)
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Extracted:
         count: how many images there are.
         statistics: mean and covariance by name of the feature.
         rows: features `(N, D)` by name, in the order of the images.
+        labels: their classes, int64 `(N,)`; empty unless they are wanted.
         sha256: of size and pixels of all images in order.
         jpegs: how many are stored as JPEG.
         sizes: heights and widths that occur.
@@ -49,6 +51,7 @@ class Extracted:
     count: int
     statistics: Mapping[str, Gaussian] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
+    labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     sha256: str = ""
     jpegs: int = 0
     sizes: set[tuple[int, int]] = field(default_factory=set)
@@ -99,7 +102,8 @@ def extract(
             watch(batch)
     places = torch.cat(order) if order else torch.empty(0, dtype=torch.int64)
     own = {name: rows[name][:seen] if name in rows else torch.empty(0, 0) for name in sorted(wanted.rows)}
-    return _merged(Extracted(seen, statistics, own, "", jpegs, sizes), places, digests)
+    labels = source.labels if wanted.labels else torch.empty(0, dtype=torch.int64)
+    return _merged(Extracted(seen, statistics, own, labels, "", jpegs, sizes), places, digests)
 
 
 def _with(rows: Tensor | None, seen: int, features: Tensor, share: int) -> Tensor:
@@ -131,6 +135,7 @@ def _merged(found: Extracted, places: Tensor, digests: dict[int, bytes]) -> Extr
         sum(count for count, *_ in parts),
         statistics,
         {name: gathered_rows(values, places) for name, values in found.rows.items()},
+        found.labels,
         whole.hexdigest(),
         sum(jpegs for _, _, jpegs, *_ in parts),
         set().union(*(sizes for _, _, _, sizes, _ in parts)),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Literal
 
+from pydantic import Field
+
 from smalti.core.options import Options
 
 LIBRARIES = ("smalti-eval", "smalti-core", "torch", "torch-fidelity", "numpy", "pillow")
@@ -24,6 +26,8 @@ class Figure(Options):
         reference: what it was compared with, and how many; empty where with nothing.
         extractor: which network gave the features, with its fingerprint; empty where none did.
         interval: ends of the 95 % confidence interval, where one was asked for.
+        parts: what `value` is the mean or the whole of, for instance by class; empty where it has no parts.
+        warning: what makes it less than it seems; empty for nothing.
     """
 
     name: str
@@ -36,13 +40,30 @@ class Figure(Options):
     reference: str = ""
     extractor: str = ""
     interval: tuple[float, float] | None = None
+    parts: dict[str, float] = Field(default_factory=dict)
+    warning: str = ""
 
     def text(self) -> str:
         """The value as people read it."""
+        return self._text(self.value)
+
+    def interval_text(self) -> str:
+        """The ends of the interval as people read them, empty where there is none."""
+        return "" if self.interval is None else " to ".join(map(self._text, self.interval))
+
+    def _text(self, value: float) -> str:
         if self.unit == "share":
-            return f"{100 * self.value:.1f} %"
-        digits = 3 if abs(self.value) < 1 else 2 if abs(self.value) < 10 else 1
-        return f"{self.value:.{digits}f} {self.unit}".rstrip()
+            return f"{100 * value:.1f} %"
+        size = abs(value)
+        number = f"{value:.3g}" if 0 < size < 0.1 else f"{value:.{3 if size < 1 else 2 if size < 10 else 1}f}"
+        return f"{number} {self.unit}".rstrip()
+
+    def spread(self) -> str:
+        """The lowest and the highest of the parts, empty where there are none."""
+        if len(self.parts) < 2:
+            return ""
+        ends = (function(self.parts, key=lambda name: self.parts[name]) for function in (min, max))
+        return " to ".join(f"{self._text(self.parts[name])} ({name})" for name in ends)
 
     def exact(self) -> str:
         """The value with six digits, and its interval: what a comparison needs."""

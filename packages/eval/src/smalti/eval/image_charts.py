@@ -16,7 +16,7 @@ def precision_recall_chart(precision: float, recall: float) -> str:
 
     def draw(axes: Axes) -> None:
         axes.plot([recall, recall, 0], [0, precision, precision], color=SERIES[0], linewidth=1, linestyle=(0, (4, 3)))
-        axes.plot([recall], [precision], "o", color=SERIES[0], markersize=9)
+        axes.plot([recall], [precision], "o", color=SERIES[0], markersize=9, clip_on=False)
         axes.annotate(
             f"{100 * precision:.1f} % · {100 * recall:.1f} %",
             (recall, precision),

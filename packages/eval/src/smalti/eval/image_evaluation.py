@@ -5,11 +5,12 @@ Legend: N images.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from smalti.core import distributed
 from smalti.core.contracts import Features
@@ -28,17 +29,31 @@ from smalti.eval.extraction import Extracted, Wanted, extract
 from smalti.eval.figures import Figure, library_versions
 from smalti.eval.image_pairs import ImagePairs, PairResults
 from smalti.eval.image_source import ImageSource
+from smalti.eval.inception import Inception
 from smalti.eval.measures import Measure, chosen_metrics, union
 from smalti.eval.reference_statistics import StatisticsFile
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures, what they depend on as plain data, and what the report shows of pairs of images."""
+    """Figures, what they depend on as plain data, and what the report shows beside them.
+
+    Attributes:
+        figures: what was measured.
+        record: all that they depend on; a result that may be compared has `smalti.eval.comparison.DECIDING`.
+        title: of the report.
+        summary: its first sentence.
+        pairs: images beside their references.
+        code_counts: of each stream of tokens, how often each code occurs, int64 `(K,)`.
+        warnings: what makes the figures less than they seem.
+    """
 
     figures: list[Figure]
     record: dict[str, Any]
+    title: str = ""
+    summary: str = ""
     pairs: PairResults | None = None
+    code_counts: Sequence[Tensor] = ()
     warnings: list[str] = field(default_factory=list)
 
     def content(self) -> dict[str, Any]:
@@ -70,6 +85,12 @@ def evaluate_images(asked: Asked, reporter: Reporter) -> Evaluation:
         raise UserError(
             f"{min(pair_metrics)} compares pairs, but there are {len(images)} images and {len(references)} references"
         )
+    if "accuracy" in measures and isinstance(extractor, Inception):
+        raise UserError(
+            "accuracy needs a classifier of the images' own classes, and FID's Inception has 1008 others: take "
+            "--protocol classifier extractor.folder=RUN/evaluation/classifier"
+        )
+    _check_classes(images, references, measures)
     given = _measured_references(asked, references, statistics, extractor, measures, reporter)
     wanted = union(measure.samples for measure in measures.values())
     if asked.repeats:
@@ -80,10 +101,29 @@ def evaluate_images(asked: Asked, reporter: Reporter) -> Evaluation:
     with reporter.progress("images", len(images), unit="image") as advance:
         watch = pairs.watch if pairs is not None else None
         found = extract(images, extractor, wanted, asked.batch_size, asked.device, advance, watch)
-    results = pairs.results(protocol.batch_size) if pairs is not None else None
+    results = pairs.results(protocol.batch_size, asked.repeats) if pairs is not None else None
     if distributed.rank() != 0:
         return Evaluation([], {})
     return _evaluation(asked, measures, extractor, images, found, statistics, given, results, preprocessing)
+
+
+def _check_classes(images: ImageSource, references: ImageSource | None, measures: Mapping[str, Measure]) -> None:
+    """Raise a `UserError` where classes are wanted that a source does not tell, or that are others on both sides."""
+    for name, measure in measures.items():
+        if measure.samples.labels:
+            assert len(images.labels) == len(images)
+        if measure.references.labels:
+            assert references is not None
+            assert len(references.labels) == len(references)
+            if images.classes and references.classes and images.classes != references.classes:
+                raise UserError(
+                    f"{name} compares class by class, but {images.title} has the classes {_few(images.classes)} and "
+                    f"{references.title} {_few(references.classes)}"
+                )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _measured_references(
@@ -97,7 +137,7 @@ def _measured_references(
     """Features of the reference; statistics of a file take the place of those of its images."""
     wanted = union(measure.references for measure in measures.values())
     if statistics is not None:
-        wanted = Wanted(rows=wanted.rows)
+        wanted = Wanted(rows=wanted.rows, labels=wanted.labels)
     if references is None or not (wanted.rows or wanted.statistics):
         found = Extracted(statistics.count or 0 if statistics else 0)
     else:
@@ -154,4 +194,10 @@ def _evaluation(
         "device": asked.device,
         "libraries": library_versions(),
     }
-    return Evaluation(figures, record, pairs, warnings(asked.protocol, extractor, images, found, statistics))
+    told = warnings(asked.protocol, extractor, images, found, statistics)
+    told += [f"{figure.title}: {figure.warning}" for figure in figures if figure.warning]
+    title = f"{found.count} images, protocol {protocol.name}"
+    count = f"{reference['count']} images" if reference["count"] else "a number of images that the file does not tell"
+    kind = "statistics of " if reference["kind"] == "statistics" else ""
+    summary = f"{images.title} against {reference['source']} ({kind}{count})."
+    return Evaluation(figures, record, title, summary, pairs, warnings=told)

@@ -15,6 +15,7 @@ from torch import Tensor
 from smalti.core import distributed
 from smalti.core.contracts import PairMetric
 from smalti.core.errors import UserError
+from smalti.eval.confidence import bootstrap, bootstrap_of_mean
 from smalti.eval.extraction import gathered_rows
 from smalti.eval.image_source import ImageBatch, ImageSource
 from smalti.eval.measures import POOLED, Finding
@@ -113,11 +114,12 @@ class ImagePairs:
         self._worst = sorted([*self._worst, pair], key=lambda known: (known.psnr, known.place))[:SHOWN]
         self._best = sorted([*self._best, pair], key=lambda known: (-known.psnr, known.place))[:SHOWN]
 
-    def results(self, pooled_batch: int) -> PairResults:
+    def results(self, pooled_batch: int, repeats: int = 0) -> PairResults:
         """What was found by all processes; every process must call it, the first one gets all.
 
         Args:
             pooled_batch: images whose error makes one value of `psnr-pooled`.
+            repeats: resamplings of confidence intervals, 0 for none.
         """
         places = _joined(self._places, torch.int64)
         noise = gathered_rows(_joined(self._psnr), places)
@@ -127,19 +129,29 @@ class ImagePairs:
             if not len(values):
                 continue
             if name == POOLED:
-                errors = (10 ** (-values / 10)).split(pooled_batch)
-                pooled = torch.stack([-10 * part.mean().log10() for part in errors]).clamp(max=PSNR_CAP)
-                text = f"{POOLED_PSNR_DEFINITION}; batches of {pooled_batch}, mean over them"
-                findings.append(Finding(name, "PSNR, pooled", float(pooled.mean()), text, "higher", "dB"))
+                findings.append(_pooled(values, pooled_batch, repeats))
                 continue
             better: Literal["higher", "lower"] = "lower" if name in LOWER else "higher"
             unit = metric.unit if metric.unit != "1" else ""
             title = TITLES.get(name, name)
-            findings.append(Finding(name, title, float(values.mean()), metric.definition, better, unit))
+            ends = bootstrap_of_mean(values, repeats).ends if repeats else None
+            findings.append(Finding(name, title, float(values.mean()), metric.definition, better, unit, ends))
         kept = distributed.gather_objects((self._worst, self._best))
         worst = sorted((pair for part, _ in kept for pair in part), key=lambda pair: (pair.psnr, pair.place))
         best = sorted((pair for _, part in kept for pair in part), key=lambda pair: (-pair.psnr, pair.place))
         return PairResults(findings, noise, worst[:SHOWN], best[:SHOWN])
+
+
+def _pooled(values: Tensor, batch: int, repeats: int) -> Finding:
+    """PSNR of the errors of batches, from the PSNR of each image `(N,)`."""
+
+    def measure(rows: Tensor) -> float:
+        errors = (10 ** (-rows[:, 0] / 10)).split(batch)
+        return float(torch.stack([-10 * part.mean().log10() for part in errors]).clamp(max=PSNR_CAP).mean())
+
+    ends = bootstrap(measure, values[:, None], repeats).ends if repeats else None
+    text = f"{POOLED_PSNR_DEFINITION}; batches of {batch}, mean over them"
+    return Finding(POOLED, "PSNR, pooled", measure(values[:, None]), text, "higher", "dB", ends)
 
 
 def _joined(parts: list[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:

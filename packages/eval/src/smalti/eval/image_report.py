@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import numpy as np
 
 from smalti.core.data.images import grid, png_bytes
 from smalti.core.files import write_bytes, write_json, write_text
+from smalti.eval.charts import code_frequencies
 from smalti.eval.figures import Figure
 from smalti.eval.image_charts import precision_recall_chart, psnr_histogram
 from smalti.eval.image_evaluation import Evaluation
@@ -35,46 +37,43 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
 def render(evaluation: Evaluation) -> str:
     """The report as one HTML file that needs nothing else; the same evaluation gives the same text."""
     figures = {figure.name: figure for figure in evaluation.figures}
-    libraries = ", ".join(f"{name} {version}" for name, version in evaluation.record["libraries"].items())
     return Template(page_part("image_report.html")).substitute(
         style=page_part("style.css"),
-        title=escape(_title(evaluation)),
-        summary=escape(_summary(evaluation)),
+        title=escape(evaluation.title),
+        summary=escape(evaluation.summary),
         pair_columns=max(len(evaluation.pairs.worst), 1) if evaluation.pairs else 1,
         tiles="\n".join(_tiles(figures)),
         warnings="\n".join(f'<p class="note">{escape(warning)}</p>' for warning in evaluation.warnings),
-        charts=_charts(figures, evaluation.pairs),
+        charts=_charts(figures, evaluation),
         pairs=_pairs(evaluation.pairs),
         table="\n".join(table_row(figure) for figure in evaluation.figures),
         latex=escape(latex(evaluation)),
         record=escape(json.dumps(evaluation.record, indent=2)),
-        footer=escape(f"{libraries}."),
+        footer=escape(f"{_libraries(evaluation.record)}."),
     )
 
 
 def markdown(evaluation: Evaluation) -> str:
     """The figures with their protocol, as Markdown."""
-    record = evaluation.record
     lines = [
-        f"# {_title(evaluation)}",
+        f"# {evaluation.title}",
         "",
-        _summary(evaluation),
+        evaluation.summary,
         "",
         "| figure | value | 95 % interval |",
         "|---|---|---|",
     ]
-    for figure in evaluation.figures:
-        ends = f"{figure.interval[0]:.4g} to {figure.interval[1]:.4g}" if figure.interval else ""
-        lines.append(f"| {figure.title} {ARROWS[figure.better]} | {figure.text()} | {ends} |")
+    lines += [
+        f"| {figure.title} {ARROWS[figure.better]} | {figure.text()} | {figure.interval_text()} |"
+        for figure in evaluation.figures
+    ]
     lines += ["", *(f"> {warning}" for warning in evaluation.warnings)]
     lines += ["", "## How they were measured", ""]
-    lines += [f"- **{figure.title}**: {figure.definition}" for figure in evaluation.figures]
-    lines += [
-        f"- images: {record['images']['source']}, {record['images']['count']}, {record['images']['sha256'][:16]}",
-        f"- reference: {record['reference']['source']}, {record['reference']['sha256'][:16]}",
-        f"- extractor: {record['extractor']['name']} {record['extractor']['fingerprint']}",
-        f"- versions: {', '.join(f'{name} {version}' for name, version in record['libraries'].items())}",
-    ]
+    for figure in evaluation.figures:
+        spread = f"; {figure.spread()}" if figure.spread() else ""
+        lines.append(f"- **{figure.title}**: {figure.definition}{spread}")
+    lines += [f"- {title}: {text}" for title, text in _depends_on(evaluation.record).items()]
+    lines.append(f"- versions: {_libraries(evaluation.record)}")
     if evaluation.pairs is not None:
         lines += ["", "The worst and the best by PSNR, originals above:", "", "![pairs](pairs.png)"]
     return "\n".join(lines) + "\n"
@@ -82,14 +81,14 @@ def markdown(evaluation: Evaluation) -> str:
 
 def latex(evaluation: Evaluation) -> str:
     """A table to paste into a paper; the comment says under which protocol its numbers hold."""
-    record, figures = evaluation.record, evaluation.figures
+    figures = evaluation.figures
+    depends = [f"{title} {text}" for title, text in _depends_on(evaluation.record).items()]
     arrows = {"higher": r"$\uparrow$", "lower": r"$\downarrow$"}
     heads = [f"{_escaped(figure.title)} {arrows[figure.better]}" for figure in figures]
     values = [_digits(figure) for figure in figures]
     return "\n".join(
         [
-            f"% protocol {record['protocol']['name']}, {record['images']['count']} images, "
-            f"reference {record['reference']['sha256'][:16]}, extractor {record['extractor']['fingerprint']}",
+            f"% {', '.join([evaluation.title, *depends])}",
             rf"\begin{{tabular}}{{l{'r' * len(figures)}}}",
             r"\hline",
             rf"Method & {' & '.join(heads)} \\",
@@ -108,39 +107,46 @@ def _escaped(text: str) -> str:
 
 def _digits(figure: Figure) -> str:
     """As papers print them: without a unit, shares as numbers."""
-    return f"{figure.value:.{4 if abs(figure.value) < 1 and figure.unit != 'share' else 2}f}"
+    if figure.unit == "share":
+        return f"{figure.value:.2f}"
+    return f"{figure.value:.3g}" if 0 < abs(figure.value) < 0.1 else f"{figure.value:.{4 if figure.value < 1 else 2}f}"
 
 
-def _title(evaluation: Evaluation) -> str:
-    return f"{evaluation.record['images']['count']} images, protocol {evaluation.record['protocol']['name']}"
+def _depends_on(record: Mapping[str, Any]) -> dict[str, str]:
+    """What figures depend on beside their protocol, each in a few words."""
+    found = {"images": f"{record['images']['source']} {record['images']['sha256'][:16]}".rstrip()}
+    if record["reference"]:
+        found["reference"] = f"{record['reference']['source']} {record['reference']['sha256'][:16]}"
+    if record["extractor"]:
+        found["extractor"] = f"{record['extractor']['name']} {record['extractor']['fingerprint']}"
+    return found
 
 
-def _summary(evaluation: Evaluation) -> str:
-    record = evaluation.record
-    against = record["reference"]
-    count = f"{against['count']} images" if against["count"] else "a number of images that the file does not tell"
-    kind = "statistics of " if against["kind"] == "statistics" else ""
-    return f"{record['images']['source']} against {against['source']} ({kind}{count})."
+def _libraries(record: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in record["libraries"].items())
 
 
 def _tiles(figures: dict[str, Figure]) -> list[str]:
     tiles = []
     for figure in figures.values():
-        ends = f"95 % between {figure.interval[0]:.4g} and {figure.interval[1]:.4g}" if figure.interval else ""
-        tiles.append(tile(figure.title, figure.text(), ends or f"{figure.better} is better"))
+        ends = f"95 %: {figure.interval_text()}" if figure.interval else ""
+        tiles.append(tile(figure.title, figure.text(), ends or figure.spread() or f"{figure.better} is better"))
     return tiles
 
 
-def _charts(figures: dict[str, Figure], pairs: PairResults | None) -> str:
+def _charts(figures: dict[str, Figure], evaluation: Evaluation) -> str:
     drawn = []
     if {"precision", "recall"} <= figures.keys():
         drawing = precision_recall_chart(figures["precision"].value, figures["recall"].value)
         drawn.append(chart("Precision and recall", drawing))
-    if pairs is not None:
-        drawn.append(chart("PSNR of the images", psnr_histogram(pairs.psnr)))
-    if not drawn:
+    if evaluation.pairs is not None:
+        drawn.append(chart("PSNR of the images", psnr_histogram(evaluation.pairs.psnr)))
+    wide = ""
+    if evaluation.code_counts:
+        wide = chart("Codes", code_frequencies([counts.numpy() for counts in evaluation.code_counts]))
+    if not (drawn or wide):
         return ""
-    return f'<section><h2>Charts</h2><div class="charts two">{"".join(drawn)}</div></section>'
+    return f'<section><h2>Charts</h2><div class="charts two">{"".join(drawn)}</div>{wide}</section>'
 
 
 def _pairs(pairs: PairResults | None) -> str:

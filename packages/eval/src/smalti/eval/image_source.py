@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -18,16 +19,17 @@ from torch import Tensor
 
 from smalti.core.data.dataset import Content, FilePart
 from smalti.core.data.decode import decode
-from smalti.core.data.listed import images_below, is_image
+from smalti.core.data.listed import class_folders, images_below, is_image
 from smalti.core.data.parallel import in_order
 from smalti.core.data.picture import Pixels, read_picture
 from smalti.core.errors import UserError
 from smalti.core.options import Preprocessing
-from smalti.eval.npz_images import NpzImages
+from smalti.eval.npz_images import NpzImages, array_names, opened_member, values_of
 
 WORKERS = min(4, os.cpu_count() or 1)
 SHARDS = (".tar", ".tar.gz", ".tgz")
 JPEG = b"\xff\xd8\xff"
+LABELS = "arr_1"
 ACCEPTED = "a folder of images, tar shards, or an .npz file of ADM's layout"
 
 
@@ -40,16 +42,38 @@ class ImageBatch(NamedTuple):
     jpegs: int = 0
 
 
+class ImageFile(NamedTuple):
+    """An image file and, where it lies in a shard, its label beside it."""
+
+    name: str
+    content: Content | bytes
+    label: Content | bytes | None = None
+
+
 class ImageSource(ABC):
     """Images in a fixed order, which several processes can share.
 
     Attributes:
         title: what it is called in results.
         made_by: `stored`, `tokenizer` or `generator`.
+        classes: names of the classes, where the source has some.
     """
 
     title: str
     made_by: str = "stored"
+    classes: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> Tensor:
+        """The classes of all images, int64 `(N,)`, in order.
+
+        Raises:
+            UserError: the source does not tell them.
+        """
+        raise UserError(
+            f"{self.title} does not tell the classes of its images: a folder has a folder for each class, tar shards "
+            "have .cls, an .npz file has arr_1"
+        )
 
     @abstractmethod
     def __len__(self) -> int:
@@ -84,6 +108,24 @@ class FileImages(ImageSource):
         self._files = [*islice(_folder_files(folder) if folder.is_dir() else _shard_files(path), count)]
         if not self._files:
             raise UserError(f"{path} holds no image, expected {ACCEPTED}")
+        self.classes = tuple(class_folders(folder)) if folder.is_dir() else ()
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """As promised: the place of a file's class among the folders, or what lies beside it in its shard."""
+        found = [self._label(file) for file in self._files]
+        return super().labels if None in found else torch.tensor(found)
+
+    def _label(self, file: ImageFile) -> int | None:
+        if self.classes:
+            folder, _, rest = file.name.partition("/")
+            return self.classes.index(folder) if rest else None
+        if file.label is None:
+            return None
+        content = (file.label if isinstance(file.label, bytes) else file.label.read()).strip()
+        if not content.isdigit():
+            raise UserError(f"the label of image {file.name} of {self.title} is {content[:20]!r}, expected a number")
+        return int(content)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -98,13 +140,13 @@ class FileImages(ImageSource):
                 yield ImageBatch(
                     torch.from_numpy(np.stack([pixels for _, pixels, _ in items])),
                     torch.tensor([place for place, _, _ in items]),
-                    [self._files[place][0] for place, _, _ in items],
+                    [self._files[place].name for place, _, _ in items],
                     sum(jpeg for _, _, jpeg in items),
                 )
 
     def _decoded(self, place: int) -> tuple[int, Pixels, bool]:
         """Pixels `(H, W, 3)` of a file, and whether it is a JPEG."""
-        name, found = self._files[place]
+        name, found, _ = self._files[place]
         content = found if isinstance(found, bytes) else found.read()
         try:
             if self.preprocessing is None:
@@ -138,6 +180,17 @@ class NpzSource(ImageSource):
         if not self._count:
             raise UserError(f"{path} holds no image, expected {ACCEPTED}")
 
+    @cached_property
+    def labels(self) -> Tensor:
+        """As promised: `arr_1`."""
+        path = self._file.path
+        if LABELS not in array_names(path):
+            return super().labels
+        with opened_member(path, LABELS) as (file, shape, dtype):
+            if shape != (len(self._file),) or dtype.kind not in "iu":
+                raise UserError(f"{path}: labels are arr_1 integer ({len(self._file)},), but it is {dtype} {shape}")
+            return torch.from_numpy(values_of(path, file, shape, dtype).astype(np.int64))[: self._count]
+
     def __len__(self) -> int:
         return self._count
 
@@ -161,11 +214,11 @@ def stored_images(path: str, preprocessing: Preprocessing | None = None, count: 
     return FileImages(path, preprocessing, count)
 
 
-def _folder_files(folder: Path) -> Iterable[tuple[str, Content | bytes]]:
-    return ((name, FilePart(str(folder / name))) for name in images_below(folder))
+def _folder_files(folder: Path) -> Iterable[ImageFile]:
+    return (ImageFile(name, FilePart(str(folder / name))) for name in images_below(folder))
 
 
-def _shard_files(pattern: str) -> Iterator[tuple[str, Content | bytes]]:
+def _shard_files(pattern: str) -> Iterator[ImageFile]:
     from smalti.core.data.tar_shards import index_shard, is_plain, read_shard
     from smalti.core.data.webdataset import find_shards
 
@@ -173,4 +226,4 @@ def _shard_files(pattern: str) -> Iterator[tuple[str, Content | bytes]]:
         for sample in index_shard(shard) if is_plain(shard) else read_shard(shard):
             for extension, content in sample.items():
                 if is_image(f"x.{extension}"):
-                    yield f"{sample['__key__']}.{extension}", content
+                    yield ImageFile(f"{sample['__key__']}.{extension}", content, sample.get("cls"))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from smalti.core.contracts import Tokenizer
 from smalti.core.data.images import to_uint8
@@ -31,10 +32,16 @@ class TokenizerImages(ImageSource):
 
     def __init__(self, tokenizer: Tokenizer, name: str, originals: ImageSource, device: str) -> None:
         self.tokenizer, self.originals, self.device = tokenizer, originals, device
+        self.classes = originals.classes
         self.title = f"reconstructions of {originals.title} by {name}, {fingerprint(tokenizer, tokenizer.config())}"
 
     def __len__(self) -> int:
         return len(self.originals)
+
+    @property
+    def labels(self) -> Tensor:
+        """Those of the originals."""
+        return self.originals.labels
 
     def batches(self, size: int, rank: int, world_size: int) -> Iterator[ImageBatch]:
         """As promised."""
@@ -63,6 +70,7 @@ class GeneratorImages(ImageSource):
     def __init__(self, run: Path, count: int | None, device: str) -> None:
         recipe = load_recipe(str(run))
         self.sampling = sampling_of(run, recipe, device)
+        self.classes = self.sampling.names
         self.together = self.sampling.options.batch_size or LARGEST_BATCH
         self.count = count or self.sampling.count
         generator = self.sampling.generator
@@ -71,6 +79,11 @@ class GeneratorImages(ImageSource):
 
     def __len__(self) -> int:
         return self.count
+
+    @property
+    def labels(self) -> Tensor:
+        """The classes that the samples are drawn for."""
+        return self.sampling.labels_of(torch.arange(self.count))
 
     def batches(self, size: int, rank: int, world_size: int) -> Iterator[ImageBatch]:
         """As promised, in the recipe's batches whatever `size` is: every sample is computed in the same company."""

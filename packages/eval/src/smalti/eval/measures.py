@@ -5,7 +5,9 @@ Legend: N samples, D feature width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -13,18 +15,19 @@ from torch import Tensor
 from smalti.core.contracts import PairMetric
 from smalti.core.errors import UserError
 from smalti.core.plugins import registry
-from smalti.eval import density_coverage, inception_score, kernel_distance, precision_recall
-from smalti.eval.confidence import bootstrap, frechet_infinity
+from smalti.eval import class_metrics, density_coverage, inception_score, kernel_distance, precision_recall
+from smalti.eval.confidence import bootstrap, bootstrap_of_mean, frechet_infinity
 from smalti.eval.extraction import Extracted, Wanted
 from smalti.eval.frechet import FRECHET_DEFINITION, GaussianStatistics, frechet_distance
 from smalti.eval.protocols import Protocol
 
 KERNEL_SUBSETS, KERNEL_SIZE = 100, 1000  # of torch-fidelity and clean-fid
+DENSITY_NEIGHBOURS = 5  # of the authors
 POOLED = "psnr-pooled"
 
 
 class Finding(NamedTuple):
-    """A number with what it means; `interval` is a 95 % confidence interval."""
+    """A number with what it means, as in `smalti.eval.figures.Figure`."""
 
     name: str
     title: str
@@ -33,6 +36,8 @@ class Finding(NamedTuple):
     better: Literal["higher", "lower"] = "lower"
     unit: str = ""
     interval: tuple[float, float] | None = None
+    parts: Mapping[str, float] = MappingProxyType({})
+    warning: str = ""
 
 
 class Measure(NamedTuple):
@@ -57,7 +62,7 @@ def _frechet(name: str, title: str, feature: str) -> Measure:
             found = bootstrap(
                 lambda rows: frechet_distance(_statistics(rows), reference), samples.rows[feature], repeats
             )
-            interval = (found.low, found.high)
+            interval = found.ends
         value = frechet_distance(samples.statistics[feature], reference)
         yield Finding(name, title, value, FRECHET_DEFINITION, interval=interval)
 
@@ -78,45 +83,85 @@ def _infinity(samples: Extracted, references: Extracted, protocol: Protocol, rep
 
 
 def _inception_score(samples: Extracted, references: Extracted, protocol: Protocol, repeats: int) -> Iterable[Finding]:
+    logits = samples.rows["logits"]
     if protocol.inception_score == "adm":
-        score = inception_score.adm_inception_score(samples.rows["logits"])
+        measure = inception_score.adm_inception_score
         parts = "parts of 5000 consecutive samples"
     else:
-        score = inception_score.inception_score(samples.rows["logits"], seed=protocol.seed)
+        measure = partial(inception_score.inception_score, seed=protocol.seed)
         parts = f"10 equal parts of the samples, shuffled with seed {protocol.seed}"
+    score = measure(logits)
+    interval = bootstrap(lambda rows: measure(rows).mean, logits, repeats).ends if repeats else None
     text = f"{inception_score.DEFINITION}; mean over {parts}, their standard deviation {score.std:.4g}"
-    yield Finding("is", "Inception Score", score.mean, text, better="higher")
+    yield Finding("is", "Inception Score", score.mean, text, better="higher", interval=interval)
 
 
 def _kernel(samples: Extracted, references: Extracted, protocol: Protocol, repeats: int) -> Iterable[Finding]:
     own, others = samples.rows["pool"], references.rows["pool"]
     size = min(KERNEL_SIZE, len(own), len(others))
-    score = kernel_distance.kernel_distance_of_subsets(own, others, KERNEL_SUBSETS, size, protocol.seed)
+
+    def measure(rows: Tensor) -> inception_score.Score:
+        return kernel_distance.kernel_distance_of_subsets(rows, others, KERNEL_SUBSETS, size, protocol.seed)
+
+    score = measure(own)
+    interval = bootstrap(lambda rows: measure(rows).mean, own, repeats).ends if repeats else None
     text = (
         f"{kernel_distance.KERNEL_DEFINITION}; mean of unbiased estimates from {KERNEL_SUBSETS} subsets of {size}, "
         f"seed {protocol.seed}, their standard deviation {score.std:.4g}"
     )
-    yield Finding("kid", "KID", score.mean, text)
+    yield Finding("kid", "KID", score.mean, text, interval=interval)
 
 
 def _precision_recall(samples: Extracted, references: Extracted, protocol: Protocol, repeats: int) -> Iterable[Finding]:
     own, others = samples.rows["pool"], references.rows["pool"]
-    found = precision_recall.precision_recall(own, others, protocol.neighbours, protocol.distances)
+    found = precision_recall.memberships(own, others, protocol.neighbours, protocol.distances)
+    value = precision_recall.shares(found)
     text = precision_recall.definition(protocol.neighbours, protocol.distances)
-    yield Finding("precision", "Precision", found.precision, text, "higher", "share")
-    yield Finding("recall", "Recall", found.recall, text, "higher", "share")
+    ends = [bootstrap_of_mean(inside, repeats).ends if repeats else None for inside in found]
+    yield Finding("precision", "Precision", value.precision, text, "higher", "share", ends[0])
+    yield Finding("recall", "Recall", value.recall, text, "higher", "share", ends[1])
 
 
 def _density_coverage(samples: Extracted, references: Extracted, protocol: Protocol, repeats: int) -> Iterable[Finding]:
-    found = density_coverage.density_coverage(samples.rows["pool"], references.rows["pool"])
-    text = density_coverage.definition(5)
-    yield Finding("density", "Density", found.density, text, "higher")
-    yield Finding("coverage", "Coverage", found.coverage, text, "higher", "share")
+    found = density_coverage.balls(samples.rows["pool"], references.rows["pool"], DENSITY_NEIGHBOURS)
+    value = density_coverage.shares(found, DENSITY_NEIGHBOURS)
+    text = density_coverage.definition(DENSITY_NEIGHBOURS)
+    each = (found.counts / DENSITY_NEIGHBOURS, found.covered)
+    ends = [bootstrap_of_mean(values, repeats).ends if repeats else None for values in each]
+    yield Finding("density", "Density", value.density, text, "higher", interval=ends[0])
+    yield Finding("coverage", "Coverage", value.coverage, text, "higher", "share", ends[1])
 
 
 def _cmmd(samples: Extracted, references: Extracted, protocol: Protocol, repeats: int) -> Iterable[Finding]:
-    value = kernel_distance.cmmd(samples.rows["pool"], references.rows["pool"])
-    yield Finding("cmmd", "CMMD", value, kernel_distance.CMMD_DEFINITION)
+    own, others = samples.rows["pool"], references.rows["pool"]
+    value = kernel_distance.cmmd(own, others)
+    interval = bootstrap(lambda rows: kernel_distance.cmmd(rows, others), own, repeats).ends if repeats else None
+    yield Finding("cmmd", "CMMD", value, kernel_distance.CMMD_DEFINITION, interval=interval)
+
+
+def _by_class(name: str, title: str) -> Measure:
+    def compute(samples: Extracted, references: Extracted, protocol: Protocol, repeats: int) -> Iterable[Finding]:
+        found = class_metrics.class_frechet_distances(
+            samples.rows["pool"], samples.labels, references.rows["pool"], references.labels
+        )
+        parts = {f"class {label}": value for label, value in found.by_class.items()}
+        text = f"{class_metrics.CLASS_FRECHET_DEFINITION}; mean over {len(parts)} classes"
+        yield Finding(name, title, found.mean, text, parts=parts, warning=found.warning)
+
+    wanted = Wanted(rows=frozenset({"pool"}), labels=True)
+    return Measure(wanted, wanted, compute)
+
+
+def _accuracy(samples: Extracted, references: Extracted, protocol: Protocol, repeats: int) -> Iterable[Finding]:
+    logits, labels = samples.rows["logits"], samples.labels
+    value = class_metrics.accuracy(logits, labels)
+    parts = {
+        f"class {label}": class_metrics.accuracy(logits[labels == label], labels[labels == label])
+        for label in labels.unique().tolist()
+    }
+    text = "share of the images to which the classifier gives the class that they are of, or were drawn for"
+    ends = bootstrap_of_mean(logits.argmax(1) == labels, repeats).ends if repeats else None
+    yield Finding("accuracy", "Classifier accuracy", value, text, "higher", "share", ends, parts)
 
 
 _POOL = Wanted(rows=frozenset({"pool"}))
@@ -131,6 +176,9 @@ MEASURES: dict[str, Measure] = {
     "precision-recall": Measure(_POOL, _POOL, _precision_recall),
     "density-coverage": Measure(_POOL, _POOL, _density_coverage),
     "cmmd": Measure(_POOL, _POOL, _cmmd),
+    "class-fid": _by_class("class-fid", "FID by class"),
+    "class-fd": _by_class("class-fd", "FD by class"),
+    "accuracy": Measure(Wanted(rows=frozenset({"logits"}), labels=True), Wanted(), _accuracy),
 }
 
 

@@ -102,6 +102,11 @@ def exactly(path: Path, file: IO[bytes], count: int) -> bytes:
     return content
 
 
+def values_of(path: Path, file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """All values of a member; errors as `exactly`."""
+    return np.frombuffer(exactly(path, file, int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape)
+
+
 def array_names(path: Path) -> set[str]:
     """The names of the arrays of an `.npz` file.
 

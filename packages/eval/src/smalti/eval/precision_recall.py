@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 
 from smalti.core.errors import UserError
-from smalti.eval.distances import Rounding, centred, distance_blocks, radii
+from smalti.eval.distances import Rounding, centre_of, distance_blocks, moved, radii
 from smalti.eval.feature_rows import check_sets
+
+
+class Memberships(NamedTuple):
+    """`samples` `(N,)`: whether each lies in the manifold of the references; `references` `(M,)`: the reverse."""
+
+    samples: Tensor
+    references: Tensor
 
 
 class PrecisionRecall(NamedTuple):
@@ -34,11 +41,23 @@ def definition(neighbours: int, distances: Rounding = "float32") -> str:
     )
 
 
-@torch.no_grad()
 def precision_recall(
     samples: Tensor, references: Tensor, neighbours: int = 3, distances: Rounding = "float32"
 ) -> PrecisionRecall:
-    """Precision and recall of samples `(N, D)` against references `(M, D)` (section 3, eq. 1 and 2).
+    """Precision and recall of samples `(N, D)` against references `(M, D)`: the shares of their `memberships`."""
+    return shares(memberships(samples, references, neighbours, distances))
+
+
+def shares(found: Memberships) -> PrecisionRecall:
+    """Precision and recall that follow from memberships."""
+    return PrecisionRecall(*(int(inside.sum()) / len(inside) for inside in found))
+
+
+@torch.no_grad()
+def memberships(
+    samples: Tensor, references: Tensor, neighbours: int = 3, distances: Rounding = "float32"
+) -> Memberships:
+    """Which samples and references lie in the manifold of the other set (section 3, eq. 1 and 2).
 
     The manifold of a set is the union of balls around its vectors, each as large as the distance to the
     vector's `neighbours`-th nearest other vector of the set; a vector on a border lies inside. Distances are
@@ -55,17 +74,20 @@ def precision_recall(
         UserError: other shapes, values that are not finite, or no more vectors than `neighbours` in a set.
     """
     check_neighbours(samples, references, neighbours)
-    samples, references = (
-        centred(samples, references) if distances == "float32" else (samples.float(), references.float())
-    )
-    own, others = radii(samples, neighbours, distances), radii(references, neighbours, distances)
+    centre = centre_of(references) if distances == "float32" else None
+    if centre is None:
+        samples, references = samples.float(), references.float()
+        own = radii(samples, neighbours, distances)
+    else:
+        own, references = radii(moved(samples, centre), neighbours), moved(references, centre)
+    others = radii(references, neighbours, distances)
     inside = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
     covered = torch.zeros(len(references), dtype=torch.bool, device=references.device)
-    for rows, columns, found in distance_blocks(samples, references, distances):
+    for rows, columns, found in distance_blocks(samples, references, distances, centre=centre):
         # a - b <= 0 just where a <= b, and minima are quicker than comparisons.
         inside[rows] |= (found - others[columns]).amin(1) <= 0
         covered[columns] |= found.sub_(own[rows, None]).amin(0) <= 0
-    return PrecisionRecall(int(inside.sum()) / len(samples), int(covered.sum()) / len(references))
+    return Memberships(inside, covered)
 
 
 def check_neighbours(samples: Tensor, references: Tensor, neighbours: int) -> None:

@@ -87,6 +87,11 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "extractor": {"name": "dinov2"},
         "metrics": ("fd", "precision-recall", "density-coverage"),
     },
+    "classifier": {
+        "summary": "samples of classes, judged by the classifier that a run trained on its own images",
+        "extractor": {"name": "classifier"},
+        "metrics": ("accuracy", "fd", "class-fd"),
+    },
     "cmmd": {
         "summary": "CMMD (Jayasumana et al. 2024): maximum mean discrepancy in CLIP's features",
         "extractor": {"name": "clip"},

@@ -197,7 +197,13 @@ def picture(image: Image) -> str:
 
 def table_row(figure: Figure) -> str:
     """A figure with all that it depends on."""
-    parts = [("measured on", figure.measured), ("reference", figure.reference), ("extractor", figure.extractor)]
+    parts = [
+        ("measured on", figure.measured),
+        ("reference", figure.reference),
+        ("extractor", figure.extractor),
+        ("parts", figure.spread()),
+        ("note", figure.warning),
+    ]
     lines = [escape(figure.definition), *(f"<b>{name}</b> {escape(text)}" for name, text in parts if text)]
     arrow = {"higher": "↑", "lower": "↓"}[figure.better]
     return (

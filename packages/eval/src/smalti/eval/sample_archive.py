@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from smalti.core.errors import UserError
-from smalti.eval.npz_images import IMAGES, exactly, opened_member
+from smalti.eval.npz_images import IMAGES, exactly, opened_member, values_of
 
 LAYOUT = "arr_0 uint8 (N, H, W, 3) and arr_1 integer (N,)"
 
@@ -40,7 +40,7 @@ class SampleArchive:
         with opened_member(self.path, "arr_1") as (file, shape, dtype):
             if len(shape) != 1 or dtype.kind not in "iu":
                 raise self._wrong(f"its arr_1 is {dtype} {shape}")
-            labels = np.frombuffer(exactly(self.path, file, shape[0] * dtype.itemsize), dtype)
+            labels = values_of(self.path, file, shape, dtype)
         with opened_member(self.path, IMAGES) as (_, self.shape, dtype):
             if len(self.shape) != 4 or self.shape[3] != 3 or dtype != np.uint8:
                 raise self._wrong(f"its arr_0 is {dtype} {self.shape}")

@@ -48,12 +48,14 @@ class TokenFigures(CodeFigures):
 
     Attributes:
         by_scale: figures of each scale; empty unless the layout is one of scales.
+        counts: how often each code of a stream occurs, int64 `(K,)`.
         bits: of an image, when every code takes log2 K bits, with side information.
         entropy_bits: of an image, when codes take the entropy of their stream and scale, with side information.
         side_bits: side information alone.
     """
 
     by_scale: list[CodeFigures]
+    counts: list[Tensor]
     bits: float
     entropy_bits: float
     side_bits: float
@@ -125,7 +127,8 @@ class TokenStatistics:
         """
         if not self.images:
             raise UserError("there are no tokens yet: call update(tokens) first")
-        total = _figures([torch.stack(histograms).sum(0) for histograms in zip(*self.counts, strict=True)])
+        counts = [torch.stack(histograms).sum(0) for histograms in zip(*self.counts, strict=True)]
+        total = _figures(counts)
         by_scale = [_figures(counts) for counts in self.counts]
         coded = sum(length * sum(scale.entropy) for length, scale in zip(self.lengths, by_scale, strict=True))
         return TokenFigures(
@@ -133,6 +136,7 @@ class TokenStatistics:
             perplexity=total.perplexity,
             entropy=total.entropy,
             by_scale=by_scale if self.layout.kind == "scales" else [],
+            counts=counts,
             bits=self.layout.bits + self.side_bits,
             entropy_bits=coded + self.side_bits,
             side_bits=self.side_bits,

@@ -16,12 +16,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from smalti.core.matmul import has_packed_products
 from smalti.generation.huge_pages import COLLAPSE, ask_for_huge_pages
 
 Precision = Literal["full", "bfloat16", "int8"]
 Product = Callable[[Tensor], Tensor]
-
-_OPERATORS = ("_reorder_linear_weight", "_linear_pointwise", "data_ptr", "_nbytes")
 
 _INT8_INPUTS = 16
 
@@ -58,8 +57,7 @@ def _can_be_packed(layer: nn.Linear) -> bool:
         "forward" not in vars(layer)  # of a block around this one
         and layer.weight.dtype == torch.float32
         and layer.weight.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS)
+        and has_packed_products()
     )
 
 
