@@ -32,6 +32,7 @@ LARGEST = {
     **dict.fromkeys(("heads", "adapter_heads", "blocks"), 1),
     **dict.fromkeys(("codebook_size", "codes"), CODES),
     **dict.fromkeys(("tokens", "latents"), 4),
+    "gaussians": 8,
     "text_tokens": TEXT_TOKENS,
     **dict.fromkeys(("random_until", "raster_from"), 1),
 }
@@ -123,6 +124,7 @@ def _tokenizer(tokenizer: Data, random: RandomNetworks) -> None:
     for part in ("encoder", "decoder"):
         if isinstance(tokenizer.get(part), dict):
             _network(tokenizer[part], scale, random)
+    _capped(tokenizer.get("embed") or {})
     if isinstance(tokenizer.get("quantizer"), dict):
         _quantizer(tokenizer["quantizer"], tokenizer)
     if tokenizer["name"] == "gaussiantoken" and "widths" in tokenizer["decoder"]:
