@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from smalti.core.contracts import Generator, Tokenizer
 from smalti.core.data.token_shards import read_token_shards
 from smalti.core.recipe import find_recipe, load_recipe, read_recipes
 
-pytestmark = pytest.mark.slow
+PAGE = Path(__file__).parents[1] / "docs" / "systems.md"
 TABLE, _ = find_recipe("vqvae-ar")
 SYSTEMS = read_recipes(TABLE)
 # In each stage the file in whose writing the interruption comes, and how often it is written before.
@@ -68,13 +69,17 @@ def run_undisturbed_and_interrupted(name, folder, in_small, interrupt):
     return whole, run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_system_from_images_to_a_report(name, tmp_path, in_small, interrupt, files):
     whole, resumed = run_undisturbed_and_interrupted(name, tmp_path, in_small, interrupt)
     assert files(resumed) == files(whole)
 
     recipe, layout = load_recipe(name), read_token_shards(whole / "tokens").layout
-    tokenizer, generator = Tokenizer.from_pretrained(whole / "tokenizer"), Generator.from_pretrained(whole / "generator")
+    tokenizer, generator = (
+        Tokenizer.from_pretrained(whole / "tokenizer"),
+        Generator.from_pretrained(whole / "generator"),
+    )
     assert type(tokenizer.options) is type(recipe.tokenizer)
     assert type(generator.options) is type(recipe.generator)
     assert tokenizer.layout() == layout == generator.token_layout
@@ -90,3 +95,15 @@ def test_a_system_from_images_to_a_report(name, tmp_path, in_small, interrupt, f
     for part in (f"{name}-shrunk", "dark", "light", "Fréchet distance", f"{summary['psnr']:.1f} dB"):
         assert part in report, part
     assert all(np.isfinite(value) for value in summary.values())
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_the_page_tells_what_the_recipe_does(name):
+    recipe, text = load_recipe(name), " ".join(PAGE.read_text().split())
+    tokenizer = load_recipe(SYSTEMS[name]["parts"]["tokenizer"])
+    assert f"`{name}`" in text
+    for training in (recipe.train.tokenizer, recipe.train.generator):
+        assert re.search(rf"{training.steps:,} (updates )?of {training.batch_size}\b", text), training.steps
+    for figure in ({"rFID": tokenizer.figures["rFID"]}, recipe.figures or {}):
+        for known, value in figure.items():
+            assert f"{known} {value:g}" in text, (known, value)
