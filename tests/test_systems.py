@@ -36,7 +36,7 @@ def interrupt(monkeypatch):
         left = [before]
 
         def fsync(descriptor):
-            if os.readlink(f"/proc/self/fd/{descriptor}") == str(path.with_name(f".{path.name}{core_files.TEMPORARY}")):
+            if Path(f"/proc/self/fd/{descriptor}").readlink() == path.with_name(f".{path.name}{core_files.TEMPORARY}"):
                 if left[0] == 0:
                     monkeypatch.setattr(core_files.os, "fsync", sync)
                     raise KeyboardInterrupt

@@ -11,7 +11,7 @@ another name:
       vqvae-1024: {summary: VQ-VAE with more codes, tokenizer: {quantizer: {codebook_size: 1024}}}
       fsqvae-512: {summary: FSQ, tokenizer: {quantizer: {name: fsq, levels: [8, 8, 8]}}}
 
-A recipe may be made of two others, the tokenizer of one and the generator of the other, and change both in the same way:
+A recipe may be made of two others, of the tokenizer of one and the generator of the other, and change both:
 
     parts: {tokenizer: fqgan-dual-ds16, generator: far-b-dual}
     evaluate: {}
