@@ -13,6 +13,7 @@ from smalti.core import files as core_files
 from smalti.core.contracts import Generator, Tokenizer
 from smalti.core.data.token_shards import read_token_shards
 from smalti.core.recipe import find_recipe, load_recipe, read_recipes
+from smalti.eval.figures import Figure
 
 PAGE = Path(__file__).parents[1] / "docs" / "systems.md"
 TABLE, _ = find_recipe("vqvae-ar")
@@ -92,7 +93,10 @@ def test_a_system_from_images_to_a_report(name, tmp_path, in_small, interrupt, f
 
     report, summary = (whole / "report.html").read_text(), json.loads((whole / "summary.json").read_text())
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", report), "the report must need no other file"
-    for part in (f"{name}-shrunk", "dark", "light", "Fréchet distance", f"{summary['psnr']:.1f} dB"):
+    measured = json.loads((whole / "evaluation" / "results.json").read_text())["figures"]
+    figures = [Figure(name=known, title=known, **facts).text() for known, facts in measured.items()]
+    assert len(figures) >= 10
+    for part in (f"{name}-shrunk", "dark", "light", "Fréchet distance", *figures):
         assert part in report, part
     assert all(np.isfinite(value) for value in summary.values())
 
