@@ -1,10 +1,17 @@
+import io
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 
+import numpy as np
 import pytest
+from PIL import Image
+from typer.testing import CliRunner
 
+from smalti.core.cli import app
+from smalti.core.errors import UserError
 from smalti.core.plugins import registry
 
 # The quickstart in seconds: the same components and stages, less of everything.
@@ -123,3 +130,43 @@ def files():
         return found
 
     return files
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory):
+    """Two tar files, train and validation, of twelve pictures of two classes each; WDS_TINY names their folder."""
+    folder = tmp_path_factory.mktemp("tiny")
+    random = np.random.default_rng(0)
+    for name in ("train", "validation"):
+        with tarfile.open(folder / f"{name}-0000.tar", "w") as tar:
+            for index in range(12):
+                darkest = 100 * (index % 2)
+                picture = io.BytesIO()
+                Image.fromarray(random.integers(darkest, darkest + 100, (32, 32, 3), np.uint8)).save(picture, "PNG")
+                for ending, content in (("png", picture.getvalue()), ("cls", str(index % 2).encode())):
+                    member = tarfile.TarInfo(f"{index:04d}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WDS_TINY", str(folder))
+        yield
+
+
+@pytest.fixture(scope="session")
+def in_small(tiny_shards):
+    """Run a command on a recipe, in this process, shrunken and with tiny pictures; its exit code and what it said."""
+    data = [
+        f"data.{part}={{name: webdataset, shards: '${{TINY}}/{part}-*.tar', classes: [dark, light]}}"
+        for part in ("train", "validation")
+    ]
+
+    def in_small(*command, out):
+        options = (*data, "tokenize.shard_size=5", "--shrink", "--device", "cpu", "--out", str(out))
+        result = CliRunner().invoke(app, [*command, *options])
+        if isinstance(result.exception, UserError):
+            return 2, str(result.exception)
+        if not isinstance(result.exception, SystemExit | None):
+            raise result.exception
+        return result.exit_code, result.output
+
+    return in_small

@@ -1,5 +1,6 @@
 """kill -9 at random moments of every stage, and Ctrl-C: the same command goes on and ends with the same files."""
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -13,7 +14,12 @@ from smalti.core.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 STAGES = ("train-tokenizer", "tokenize", "train-generator", "sample", "evaluate")
-KILLS_PER_STAGE = 4  # and once more where the last one came after the stage's end
+KILLS_PER_STAGE = 4  # in a run, where the stage is not through before
+KILLS = int(os.environ.get("SMALTI_KILLS", "20"))
+SECONDS = 0.4  # of work after which the kill comes at the latest
+# What the processes import, once for all of them.
+IMPORTED = ["smalti.core.pipeline", "smalti.core.backbones.cnn", "smalti.quant.vector", "smalti.generation.ar"]
+IMPORTED += ["smalti.core.data.webdataset", "smalti.core.losses.pixel", "smalti.eval.evaluate"]
 
 
 def done(run, stage):
@@ -25,32 +31,57 @@ def current(run):
     return next((stage for stage in STAGES if not done(run, stage)), None)
 
 
-def test_twenty_kills(finished, smalti, shrunk, files):
+@pytest.fixture
+def start(smalti, shrunk, monkeypatch):
+    """Start the shrunken quickstart in a fork of a process that has imported everything, and so begins at once."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MKL_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    arguments = ["smalti", "quickstart", *shrunk, "--out", "run"]
+    program = (
+        f"import os, sys; os.chdir({str(smalti.folder)!r}); sys.argv = {arguments!r}; "
+        "from smalti.core.cli import main; main()"
+    )
+
+    def start():
+        process = context.Process(target=exec, args=(program, {}))
+        process.start()
+        return process
+
+    return start
+
+
+def test_random_kills(finished, smalti, shrunk, files, start):
+    """SMALTI_KILLS of them, a few in every stage of a run, and as many runs as that takes."""
     run = RunFolder(smalti.folder / "run")
     record = run.state / "stages.json"
     source = random.Random(os.environ.get("SMALTI_KILL_SEED", "0"))
-    kills = dict.fromkeys(STAGES, 0)
-    for stage in STAGES:
-        while kills[stage] < KILLS_PER_STAGE and not done(run, stage):
-            launched = record.stat().st_mtime_ns if record.exists() else 0
-            process = smalti.start("quickstart", *shrunk, "--out", "run")
-            # A process records the stage that it goes on with, then works; the kill hits it there. What comes
-            # before the stage is left undisturbed, or it would never be through.
-            while not (record.exists() and record.stat().st_mtime_ns != launched and current(run) == stage):
-                assert process.poll() is None, process.communicate()
-                time.sleep(0.005)
-            time.sleep(source.uniform(0, 0.5))
-            where = current(run)
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            if where is not None:
-                kills[where] += 1
+    kills, runs = dict.fromkeys(STAGES, 0), 0
+    while sum(kills.values()) < KILLS:
+        shutil.rmtree(run.path, ignore_errors=True)
+        for stage in STAGES:
+            before = kills[stage]
+            while kills[stage] < before + KILLS_PER_STAGE and not done(run, stage):
+                launched = record.stat().st_mtime_ns if record.exists() else 0
+                process = start()
+                # A process records the stage that it goes on with, then works; the kill hits it there. What comes
+                # before the stage is left undisturbed, or it would never be through.
+                while not (record.exists() and record.stat().st_mtime_ns != launched and current(run) == stage):
+                    assert process.is_alive(), process.exitcode
+                    time.sleep(0.002)
+                time.sleep(source.uniform(0, SECONDS))
+                where = current(run)
+                process.kill()
+                process.join()
+                if where is not None:
+                    kills[where] += 1
+        smalti("quickstart", *shrunk, "--out", "run")
+        assert files(run.path) == files(finished)
+        assert [path for path in run.path.rglob(".*") if path.is_file()] == []
+        runs += 1
     assert all(kills.values()), kills
-    assert sum(kills.values()) >= KILLS_PER_STAGE * len(STAGES), kills
-    smalti("quickstart", *shrunk, "--out", "run")
-    assert files(run.path) == files(finished)
-    leftovers = [path for path in run.path.rglob(".*") if path.is_file()]
-    assert leftovers == []
+    print(f"{sum(kills.values())} kills in {runs} runs: {kills}")
 
 
 def test_kills_against_a_discriminator(smalti, shrunk, undisturbed):
@@ -120,9 +151,41 @@ def test_ctrl_c_is_told_and_goes_on(finished, smalti, shrunk, files, stage):
     assert files(run.path) == files(finished)
 
 
-def test_a_second_command_in_the_same_folder_is_refused(finished, smalti, shrunk):
-    shutil.copytree(finished, smalti.folder / "run")
-    run = RunFolder(smalti.folder / "run")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run",),
+        ("train", "tokenizer"),
+        ("tokenize",),
+        ("train", "generator"),
+        ("sample",),
+        ("evaluate",),
+    ],
+    ids=" ".join,
+)
+def test_a_second_command_in_the_same_folder_is_refused(tmp_path, in_small, command):
+    run = RunFolder(tmp_path / "run")
     with run.locked():
-        _, stderr = smalti("quickstart", *shrunk, "--out", "run", code=2)
-    assert stderr == "smalti: another process is working in run\n"
+        code, said = in_small(*command, "vqvae-ar", out=run.path)
+    assert (code, said) == (2, f"another process is working in {run.path}")
+    assert [path.name for path in run.state.iterdir()] == ["lock"]
+
+
+def test_a_second_command_beside_a_stage_at_work_is_refused(finished, smalti, shrunk, files, in_small):
+    """The first one is held in the middle of every stage, and goes on as if nothing had been."""
+    run = RunFolder(smalti.folder / "run")
+    first = smalti.start("quickstart", *shrunk, "--out", "run")
+    held = set()
+    while first.poll() is None:
+        os.kill(first.pid, signal.SIGSTOP)
+        stage = current(run)
+        if stage not in held and stage in run.stages():
+            code, said = in_small("run", "vqvae-ar", out=run.path)
+            assert (code, said) == (2, f"another process is working in {run.path}")
+            held.add(stage)
+        os.kill(first.pid, signal.SIGCONT)
+        time.sleep(0.02)
+    _, stderr = first.communicate()
+    assert first.returncode == 0, stderr
+    assert held == set(STAGES)
+    assert files(run.path) == files(finished)

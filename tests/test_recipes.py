@@ -28,9 +28,11 @@ OURS = {"quickstart", "gaussians", *read_recipes(FOLDER / "quantizers-cifar10.ya
 
 # Their sources publish none.
 WITHOUT_FIGURES = {"llamagen-xxl-256", "llamagen-3b-256", "far-b-triple", "far-l-triple", "sejal1d-gpt"}
+# Whole systems, made of the tokenizer of one recipe and the generator of another; tests/test_systems.py runs them.
+SYSTEMS = [name for name in NAMES if "parts" in SHIPPED[name]]
 # The models that are trained last: generators over published tokenizers, and all others.
 GENERATORS = [name for name in NAMES if SHIPPED[name].get("tokenizer", {}).get("name") == "published"]
-TOKENIZERS = [name for name in NAMES if name not in GENERATORS]
+TOKENIZERS = [name for name in NAMES if name not in GENERATORS + SYSTEMS]
 # Rows of RAR's tables that it never reads (positions beyond the sequence's, and times): no part of it here.
 UNREAD = {"rar": 2145}
 
@@ -52,7 +54,7 @@ def test_the_recipe_says_where_it_is_from(name):
         return
     assert recipe.source
     assert recipe.seed in (0, 23, 42, 8888)
-    assert recipe.figures or name in WITHOUT_FIGURES or "stage1" in name or "mini-imagenet" in name
+    assert recipe.figures or name in {*WITHOUT_FIGURES, *SYSTEMS} or "stage1" in name or "mini-imagenet" in name
     assert model_of(recipe)[0].preprocessing.image_size in (32, 64, 128, 256, 384)
 
 
@@ -92,6 +94,25 @@ def test_the_generator_is_the_published_one(name):
     rounding = 5.1e-3 if name.endswith("-dual") else 5e-4
     assert count == pytest.approx(published.parameters, rel=rounding)
     assert recipe.figures == {figure.name: figure.value for figure in published.figures}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_system_is_the_tokenizer_and_the_generator_that_it_names(name):
+    recipe, parts = load_recipe(name), SHIPPED[name]["parts"]
+    tokenizer, generator = load_recipe(parts["tokenizer"]), load_recipe(parts["generator"])
+    assert (recipe.seed, recipe.data, recipe.tokenizer) == (tokenizer.seed, tokenizer.data, tokenizer.tokenizer)
+    assert recipe.train.tokenizer == tokenizer.train.tokenizer
+    if recipe.checkpoint is None:  # then the two are no published pair, and figures would be those of another
+        assert recipe.figures is None
+    else:
+        assert zoo_model(recipe.checkpoint).tokenizer == tokenizer.checkpoint
+        assert (recipe.generator, recipe.train.generator) == (generator.generator, generator.train.generator)
+        assert (recipe.tokenize, recipe.sample) == (generator.tokenize, generator.sample)
+        assert recipe.figures == generator.figures
+    with torch.device("meta"):
+        options = type(recipe.tokenizer).model_validate(from_scratch(recipe.tokenizer.model_dump(mode="json")))
+        layout = options.build().layout()
+        assert recipe.generator.supports(layout) is None
 
 
 @pytest.fixture(scope="module")

@@ -113,6 +113,58 @@ def test_a_table_of_recipes(table):
     assert told(f"{table}:two", ["checkpoint=llamagen"]).startswith("no model 'llamagen' in the zoo")
 
 
+@pytest.fixture
+def parts(tmp_path, recipe, content) -> dict:
+    """Two recipes, of whose tokenizer and generator a third one is made."""
+    data = {"name": "webdataset", "shards": "elsewhere.tar", "classes": 2}
+    other = {
+        **content,
+        "seed": 7,
+        "source": "a paper",
+        "data": {"train": data, "validation": data},
+        "tokenizer": {"name": "published", "source": "elsewhere", "preprocessing": {"image_size": 8}},
+        "train": {"generator": {**content["train"]["generator"], "steps": 99}},
+        "sample": {"count": 5},
+    }
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    return {"tokenizer": str(recipe), "generator": str(tmp_path / "other.yaml")}
+
+
+def composed_of(parts, tmp_path, **changes) -> Path:
+    path = tmp_path / "system.yaml"
+    path.write_text(yaml.safe_dump({"name": "system", "summary": "both", "parts": parts, **changes}))
+    return path
+
+
+def test_a_recipe_of_the_parts_of_two(parts, recipe, tmp_path):
+    changes = {"train": {"generator": {"batch_size": 4}}, "sample": {"grid_columns": 3}}
+    system, one, two = (
+        load_recipe(composed_of(parts, tmp_path, **changes), ["train.tokenizer.losses.0.weight=0.5"]),
+        load_recipe(recipe),
+        load_recipe(parts["generator"]),
+    )
+    assert (system.name, system.summary, system.source, system.evaluate) == ("system", "both", "a paper", None)
+    assert (system.seed, system.data, system.tokenizer) == (one.seed, one.data, one.tokenizer)
+    assert (system.generator, system.tokenize) == (two.generator, two.tokenize)
+    assert system.train.tokenizer.losses[0].weight == 0.5
+    assert system.train.tokenizer.steps == one.train.tokenizer.steps
+    assert (system.train.generator.steps, system.train.generator.batch_size) == (99, 4)
+    assert (system.sample.count, system.sample.grid_columns) == (5, 3)
+
+
+def test_parts_that_are_none(parts, recipe, content, tmp_path):
+    expected = "parts: expected the names of two recipes, {tokenizer: ..., generator: ...}, not "
+    assert told(composed_of("toy", tmp_path)).startswith(expected)
+    assert told(composed_of({"tokenizer": str(recipe)}, tmp_path)).startswith(expected)
+    assert told(composed_of({**parts, "generator": "nothing"}, tmp_path)).startswith("no recipe 'nothing': ")
+    wrong = composed_of({**parts, "tokenizer": parts["generator"]}, tmp_path)
+    assert told(wrong) == f"parts.tokenizer: the recipe {parts['generator']} trains no tokenizer of its own"
+    content["generator"], content["train"]["generator"] = None, None
+    recipe.write_text(yaml.safe_dump(content))
+    wrong = composed_of({**parts, "generator": str(recipe)}, tmp_path)
+    assert told(wrong) == f"parts.generator: the recipe {recipe} trains no generator of its own"
+
+
 def test_variants_that_change_nothing_we_can_read(table):
     table.write_text("variants: [one, two]")
     assert told(f"{table}:one") == f"{table} is not a table of recipes: variants should map names to what they change"

@@ -165,7 +165,7 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this one as YAML, with all that it leaves unsaid.")] = None,
 ) -> None:
     """List the recipes that are installed, with what their sources publish."""
-    from smalti.core.recipe import dump_recipe, load_recipe, published, read_recipes, shipped_recipes
+    from smalti.core.recipe import composed, dump_recipe, load_recipe, published, read_recipes, shipped_recipes
 
     if name is not None:
         typer.echo(dump_recipe(load_recipe(name)), nl=False)
@@ -173,7 +173,7 @@ def recipes(
     shipped = shipped_recipes()
     contents = {path: read_recipes(path) for path in set(shipped.values())}
     for known, path in shipped.items():
-        content = published(contents[path].get(known) or contents[path][""])
+        content = published(composed(contents[path].get(known) or contents[path][""]))
         typer.echo(f"{known:36} {content['summary']}" + (f" ({source})" if (source := content.get("source")) else ""))
         figures = ", ".join(f"{figure} {value:g}" for figure, value in (content.get("figures") or {}).items())
         facts = [figures, f"checkpoint {content['checkpoint']}" if content.get("checkpoint") else ""]

@@ -10,6 +10,11 @@ another name:
       vqvae-512: {}
       vqvae-1024: {summary: VQ-VAE with more codes, tokenizer: {quantizer: {codebook_size: 1024}}}
       fsqvae-512: {summary: FSQ, tokenizer: {quantizer: {name: fsq, levels: [8, 8, 8]}}}
+
+A recipe may be made of two others, of the tokenizer of one and the generator of the other, and change both:
+
+    parts: {tokenizer: fqgan-dual-ds16, generator: far-b-dual}
+    evaluate: {}
 """
 
 from __future__ import annotations
@@ -56,6 +61,9 @@ INCIDENTAL = (
         for option in ("checkpoint_every", "log_every", "max_skipped", "sharding", "trackers")
     ),
 )
+
+# What a recipe of two `parts` takes from each, beside the training of it.
+PART_KEYS = {"tokenizer": ("seed", "data", "tokenizer"), "generator": ("tokenize", "generator", "sample")}
 
 
 class DataSection(Options):
@@ -234,7 +242,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: nothing of that name; unreadable YAML; a wrong option, with its dotted path.
     """
     path, name = find_recipe(source)
-    content = read_recipes(path)[name]
+    content = composed(read_recipes(path)[name])
     for override in overrides:
         apply_override(content, override)
     try:
@@ -294,6 +302,38 @@ def merged(old: Any, changes: Any) -> Any:
     if changes.get("name", old.get("name")) != old.get("name"):
         return changes
     return {**old, **{key: merged(old.get(key), value) for key, value in changes.items()}}
+
+
+def composed(content: Data) -> Data:
+    """Plain data of a recipe with its `parts` in their place; one without is returned as it is.
+
+    Seed, data and tokenizer are those of the recipe `parts.tokenizer`. The generator, and how tokens are made and
+    drawn, are those of `parts.generator`, whose own tokenizer is left out.
+
+    Raises:
+        UserError: no such recipes, or recipes that do not train that part.
+    """
+    if "parts" not in content:
+        return content
+    parts = content["parts"]
+    if not isinstance(parts, dict) or parts.keys() != {"tokenizer", "generator"}:
+        raise UserError(f"parts: expected the names of two recipes, {{tokenizer: ..., generator: ...}}, not {parts!r}")
+    found = {model: _part(str(name), model) for model, name in parts.items()}
+    whole: Data = {"train": {model: part["train"][model] for model, part in found.items()}}
+    for model, keys in PART_KEYS.items():
+        whole |= {key: found[model][key] for key in keys if key in found[model]}
+    whole["source"] = "; ".join(dict.fromkeys(part["source"] for part in found.values() if "source" in part))
+    own = {key: value for key, value in content.items() if key not in ("name", "parts")}
+    return {"name": content.get("name"), **merged(whole, own)}
+
+
+def _part(name: str, model: str) -> Data:
+    """Plain data of the recipe that a part is taken from."""
+    path, key = find_recipe(name)
+    content = read_recipes(path)[key]
+    if not isinstance(training := content.get("train"), dict) or training.get(model) is None:
+        raise UserError(f"parts.{model}: the recipe {name} trains no {model} of its own")
+    return content
 
 
 def published(content: Data) -> Data:

@@ -32,6 +32,7 @@ LARGEST = {
     **dict.fromkeys(("heads", "adapter_heads", "blocks"), 1),
     **dict.fromkeys(("codebook_size", "codes"), CODES),
     **dict.fromkeys(("tokens", "latents"), 4),
+    "gaussians": 8,
     "text_tokens": TEXT_TOKENS,
     **dict.fromkeys(("random_until", "raster_from"), 1),
 }
@@ -80,6 +81,8 @@ def shrunk(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Recipe:
     ):
         if content[name] is not None:
             content[name].update(sizes)
+    if content["tokenize"] is not None:
+        content["tokenize"]["ten_crops"] = content["tokenize"]["ten_crops"][:1]
     if isinstance(classifier := (content["evaluate"] or {}).get("classifier"), dict):
         _optimization(_capped(classifier))
     try:
@@ -104,14 +107,14 @@ def _unstarted(part: Data) -> Data:
 
 
 def _data(data: Data, recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Data sets that are not here become the one that comes with smalti."""
-    for part, pattern in (("train", "train"), ("validation", "validation")):
+    """Data sets that are not here become the smaller half of the one that comes with smalti."""
+    for part in ("train", "validation"):
         options = getattr(recipe.data, part)
         try:
             options.build()
         except UserError:
             say(f"shrunk: data.{part}, {options.name}, is not here; Fashion-MNIST takes its place")
-            data[part] = {"name": "webdataset", "shards": f"embedded:fashion-mnist/{pattern}-*.tar.gz"}
+            data[part] = {"name": "webdataset", "shards": "embedded:fashion-mnist/validation-*.tar.gz"}
 
 
 def _tokenizer(tokenizer: Data, random: RandomNetworks) -> None:
@@ -123,6 +126,7 @@ def _tokenizer(tokenizer: Data, random: RandomNetworks) -> None:
     for part in ("encoder", "decoder"):
         if isinstance(tokenizer.get(part), dict):
             _network(tokenizer[part], scale, random)
+    _capped(tokenizer.get("embed") or {})
     if isinstance(tokenizer.get("quantizer"), dict):
         _quantizer(tokenizer["quantizer"], tokenizer)
     if tokenizer["name"] == "gaussiantoken" and "widths" in tokenizer["decoder"]:
