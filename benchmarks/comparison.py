@@ -81,19 +81,17 @@ class Comparison:
         `peer_scale`. Everything should have been called once, so that nothing is compiled in the first turn.
         """
         actions = [one.action for one in ours] + list(peers.values())
-        calls = [self._calls(action) for action in actions]
-        turns: list[list[float]] = []
+        first = [self._seconds(action) for action in actions]
+        calls = [max(1, math.ceil(SHORTEST_TURN / max(seconds, 1e-6))) for seconds in first]
+        turns = [first] if max(calls) == 1 else []
         self.benchmark.pedantic(
             lambda: turns.append([self._seconds(*work) for work in zip(actions, calls, strict=True)]),
-            rounds=self._rounds(rounds),
+            rounds=self._rounds(rounds) - len(turns),
         )
         if self.benchmark.disabled:
             return
-        memory_turns = [
-            [self._megabytes(action) for action in actions]
-            for _ in range(memory_rounds and self._rounds(memory_rounds))
-        ]
-        times, peaks = ([*zip(*taken, strict=True)] for taken in (turns, memory_turns))
+        times = [*zip(*turns, strict=True)]
+        peaks = [self._megabytes(action, self._rounds(memory_rounds)) for action in actions] if memory_rounds else []
         for index, one in enumerate(ours):
             for other, peer in enumerate(peers, len(ours)):
                 self.record(
@@ -134,12 +132,6 @@ class Comparison:
     def _rounds(self, wanted: int) -> int:
         return min(wanted, self.most_rounds or wanted)
 
-    def _calls(self, action: Action) -> int:
-        seconds = self._seconds(action)
-        if seconds < 1:
-            seconds = self._seconds(action)
-        return max(1, math.ceil(SHORTEST_TURN / max(seconds, 1e-6)))
-
     def _seconds(self, action: Action, calls: int = 1) -> float:
         """Of one call; of the device between two events, of one thread by its CPU time, of several by the clock."""
         if self.device == "cuda":
@@ -158,20 +150,29 @@ class Comparison:
             action()
         return (clock() - before) / calls
 
-    def _megabytes(self, action: Action) -> float:
-        """By how much a call raises what is allocated, of the device or of the process (Linux); at least 0.1."""
-        if self.device == "cuda":
-            import torch
+    def _megabytes(self, action: Action, rounds: int) -> list[float]:
+        """By how much each call raises what is allocated, of the device or of the process; at least 0.1."""
+        action()  # what is allocated once and kept is no cost of a call
+        peak = _device_peak if self.device == "cuda" else _resident_peak
+        return [max(peak(action), 0.1) for _ in range(rounds)]
 
-            torch.cuda.reset_peak_memory_stats()
-            allocated = torch.cuda.memory_allocated()
-            action()
-            return max(torch.cuda.max_memory_allocated() - allocated, 1e5) / 1e6
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-        resident = _status("VmRSS")
-        action()
-        return max(_status("VmHWM") - resident, 100) / 1000
+
+def _device_peak(action: Action) -> float:
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    action()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def _resident_peak(action: Action) -> float:
+    """Of the process, by the kernel's own record; Linux only."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    before = _status("VmRSS")
+    action()
+    return (_status("VmHWM") - before) / 1000
 
 
 def _ratio(own: Sequence[float], others: Sequence[float], bar: float | None) -> dict[str, Any]:

@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for device, section in new.items():
         if device in stored and stored[device]["machine"] != section["machine"]:
             print(f"The stored ratios are of another machine and are not compared: {stored[device]['machine']}.")
-    for sentence in missed(new):
+    for sentence in dict.fromkeys(missed(new)):  # a bar of memory stands in the row of every peer
         print(f"Bar missed: {sentence}")
     fallen = [*regressions(stored, new)]
     for sentence in fallen:
