@@ -104,7 +104,8 @@ def benchmark(session: nox.Session) -> None:
     try:
         session.run("pytest", *folders, f"--benchmark-json={raw}", "--benchmark-columns=rounds", *selection)
     finally:  # one that fails leaves the ratios of the others
-        session.run("python", "benchmarks/ratios.py", str(raw), *update)
+        if raw.exists() and raw.stat().st_size:
+            session.run("python", "benchmarks/ratios.py", str(raw), *update)
 
 
 @nox.session

@@ -81,6 +81,9 @@ class Comparison:
         `peer_scale`. Everything should have been called once, so that nothing is compiled in the first turn.
         """
         actions = [one.action for one in ours] + list(peers.values())
+        if self.benchmark.disabled:
+            self.benchmark.pedantic(lambda: [action() for action in actions])
+            return
         first = [self._seconds(action) for action in actions]
         calls = [max(1, math.ceil(SHORTEST_TURN / max(seconds, 1e-6))) for seconds in first]
         turns = [first] if max(calls) == 1 else []
@@ -88,8 +91,6 @@ class Comparison:
             lambda: turns.append([self._seconds(*work) for work in zip(actions, calls, strict=True)]),
             rounds=self._rounds(rounds) - len(turns),
         )
-        if self.benchmark.disabled:
-            return
         times = [*zip(*turns, strict=True)]
         peaks = [self._megabytes(action, self._rounds(memory_rounds)) for action in actions] if memory_rounds else []
         for index, one in enumerate(ours):
