@@ -1,6 +1,8 @@
-"""What the tests of all packages share: the option that adds a folder of parity cases."""
+"""What the tests of all packages share: the fixture of the benchmarks, and the option for a folder of parity cases."""
 
 import pytest
+
+pytest_plugins = ["comparison"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -97,21 +96,21 @@ def packages(session: nox.Session, package: str) -> None:
 
 @nox.session
 def benchmark(session: nox.Session) -> None:
-    """Every hot path against a peer in the same run; ratios go to benchmarks.json."""
+    """Every hot path by turns with its peers, against the stored ratios; `-- --update` stores the new ones.
+
+    Other arguments go to pytest: `-- -k rasterize`, `-- --rounds 2` for a quick look.
+    """
     sync(session, "--all-packages", "--all-extras", *WITHOUT, "--group", "test", "--group", "benchmark")
     raw = Path(session.create_tmp()) / "raw.json"
-    session.run(
-        "pytest",
-        *(f"packages/{name}/benchmarks" for name in PACKAGES),
-        "benchmarks",
-        f"--benchmark-json={raw}",
-        *session.posargs,
-    )
-    content = json.loads(raw.read_text())
-    ratios = {one["name"]: one["extra_info"] for one in content["benchmarks"] if one["extra_info"]}
-    target = Path("benchmarks.json")
-    target.write_text(json.dumps({"machine": content["machine_info"]["cpu"], "ratios": ratios}, indent=2) + "\n")
-    session.log(f"wrote {target}")
+    raw.unlink(missing_ok=True)
+    update = [argument for argument in session.posargs if argument == "--update"]
+    selection = [argument for argument in session.posargs if argument not in update]
+    folders = (*(f"packages/{name}/benchmarks" for name in PACKAGES), "benchmarks")
+    try:
+        session.run("pytest", *folders, f"--benchmark-json={raw}", "--benchmark-columns=rounds", *selection)
+    finally:  # one that fails leaves the ratios of the others
+        if raw.exists() and raw.stat().st_size:
+            session.run("python", "benchmarks/ratios.py", str(raw), *update)
 
 
 @nox.session

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from comparison import Comparison, Ours
 from PIL import Image
-from pytest_benchmark.fixture import BenchmarkFixture
 
 from smalti.core.data.augmentation import Augmentation, RandomCrop, RandomResizedCrop, RandomScaleCrop
 from smalti.core.data.folders import FolderOptions
@@ -26,7 +25,8 @@ from smalti.core.data.make_shards import ShardSettings, make_shards
 from smalti.core.data.webdataset import WebDatasetOptions
 from smalti.core.options import Preprocessing
 
-COUNT, BATCH, WORKERS, ROUNDS = 384, 32, 2, 5
+pytestmark = pytest.mark.benchmark(group="Data")
+COUNT, BATCH, WORKERS = 384, 32, 2
 SIZES = {"256": (256, 256), "500x375": (500, 375)}
 CROPS = {
     "centre": None,
@@ -39,7 +39,7 @@ CROPS = {
 @pytest.fixture(scope="module", params=SIZES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """JPEGs in two class folders: smooth colours with grain, about as many bytes a pixel as photographs have."""
-    root = tmp_path_factory.mktemp(request.param)
+    root = tmp_path_factory.mktemp(request.param, numbered=False)
     random = np.random.default_rng(0)
     width, height = SIZES[request.param]
     for index in range(COUNT):
@@ -98,17 +98,8 @@ def _random_scale_crop(picture: Image.Image) -> Image.Image:
     return picture.crop((left, top, left + 256, top + 256))
 
 
-def _seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
 @pytest.mark.parametrize("crop", CROPS)
-def test_images_per_second(
-    folder: Path, peer: Callable[[str], Iterable[Any]], benchmark: BenchmarkFixture, crop: str
-) -> None:
-    """Taken in turn, so that a busy machine disturbs both; the least time of each counts."""
+def test_images_per_second(folder: Path, peer: Callable[[str], Iterable[Any]], compare: Comparison, crop: str) -> None:
     dataset = WebDatasetOptions(shards=f"{folder}/shards/*.tar").build()
     # ADM's centre crop and torchvision's are the same thing where nothing is halved: 256 and 375 pixels.
     augment = Augmentation(crop=CROPS[crop], flip=True)
@@ -128,11 +119,7 @@ def test_images_per_second(
 
     other()  # starts the workers
     ours()  # reads the headers
-    taken = [(_seconds(ours), _seconds(other)) for _ in range(ROUNDS)]
-    own, its = (min(times) for times in zip(*taken, strict=True))
-    benchmark.extra_info |= {
-        "images_per_second": COUNT / own,
-        "images_per_second_imagefolder": COUNT / its,
-        "ratio_imagefolder": its / own,
-    }
-    benchmark.pedantic(ours, rounds=2)
+    work = Ours(
+        f"JPEG of {folder.name} pixels, {crop} crop", ours, amounts={"images": COUNT}, bars={"ImageFolder": 2.0}
+    )
+    compare([work], {"ImageFolder": other})

@@ -3,7 +3,7 @@
 The plain loop does what training is: forward, losses, backward, clipped gradient, fused AdamW, averaged weights. What
 ours adds is its overhead: resumable randomness, schedules, skipping of updates that are not finite, codebook health,
 sums for the log. Both take the same batches from memory; they take turns step by step, so that whatever else the
-machine does slows both, and the median step of each counts.
+machine does slows both; a turn is a step of each.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from pytest_benchmark.fixture import BenchmarkFixture
+from comparison import Comparison, Ours
 
 from smalti.core.contracts import Tokenizer
 from smalti.core.data.loader import Batch
@@ -29,8 +28,9 @@ from smalti.core.training.loop import train
 from smalti.core.training.options import TokenizerTraining
 from smalti.core.training.tasks import TokenizerTask
 
+pytestmark = pytest.mark.benchmark(group="Training")
 STEPS, BATCH, SIZE = 120, 32, 32
-BAR = 1.03
+MOST_OVERHEAD = 0.03
 RATE, BETAS, DECAY = 1e-4, (0.9, 0.95), 0.999
 IMAGES = Batch(
     torch.rand(BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1,
@@ -120,17 +120,18 @@ def plain() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def threads() -> int:
+    return 1
+
+
 @pytest.mark.slow
-def test_overhead(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
-    """Under 3 %."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def test_overhead(compare: Comparison, tmp_path: Path) -> None:
     turns = Turns(plain())
-    ours(tmp_path / "run", turns)
-    info = benchmark.extra_info
-    mine, peer = median(turns.ours[2:]), median(turns.plain[2:])  # the first steps allocate
-    info["seconds_of_a_step"], info["seconds_of_a_plain_step"] = mine, peer
-    info["ratio_plain_loop"] = peer / mine
-    benchmark.pedantic(next, args=(turns.other,), rounds=1)
-    torch.set_num_threads(before)
-    assert mine < BAR * peer
+
+    def run() -> None:
+        ours(tmp_path / "run", turns)
+
+    compare.benchmark.pedantic(run)
+    work = Ours("a step of tokenizer training", run, bars={"plain loop": 1 / (1 + MOST_OVERHEAD)})
+    compare.record(work, "plain loop", (turns.ours[2:], turns.plain[2 : len(turns.ours)]))  # the first allocate

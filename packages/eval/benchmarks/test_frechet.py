@@ -1,20 +1,18 @@
 """Our Frechet distance of 2048-d statistics beside its peers, on the same statistics in the same run.
 
-`extra_info` gets the least seconds of everybody, `ratio_sqrtm` and `ratio_torch_fidelity` (theirs over ours), and for
-ill-conditioned covariances everybody's error.
+For ill-conditioned covariances it is the error that must be the least.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import cleanfid.fid
 import numpy as np
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
+from comparison import Comparison, Ours
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torchmetrics.image import fid as torchmetrics_fid
@@ -22,18 +20,12 @@ from torchmetrics.image import fid as torchmetrics_fid
 from smalti.eval.frechet import Gaussian, GaussianStatistics, frechet_distance
 
 # clean-fid calls SciPy in a way that SciPy will no longer take.
-pytestmark = pytest.mark.filterwarnings("ignore:The `disp` argument is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.benchmark(group="Frechet distance"),
+    pytest.mark.filterwarnings("ignore:The `disp` argument is deprecated:DeprecationWarning"),
+]
 
 WIDTH = 2048
-ROUNDS = 3
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 class Given(NamedTuple):
@@ -69,36 +61,20 @@ def by_torchmetrics(a: Gaussian, b: Gaussian) -> float:
     return float(torchmetrics_fid._compute_fid(a.mean, a.covariance, b.mean, b.covariance))
 
 
-def seconds(action: Callable[[], float], rounds: int) -> tuple[float, float]:
-    """The least time and what came out."""
-    taken = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        value = action()
-        taken.append(time.perf_counter() - started)
-    return min(taken), value
-
-
-def test_frechet_distance(benchmark: BenchmarkFixture) -> None:
+def test_frechet_distance(compare: Comparison) -> None:
     a, b = statistics(0), statistics(1)
     a.mean, b.mean  # noqa: B018  (joins what waits)
-    ours, found = seconds(lambda: frechet_distance(a, b), ROUNDS)
-    peers = {
-        "torch_fidelity": seconds(lambda: by_torch_fidelity(a, b), ROUNDS),
-        "torchmetrics": seconds(lambda: by_torchmetrics(a, b), 1),
-        "sqrtm": seconds(lambda: by_sqrtm(a, b), 1),
-    }
-    again, _ = seconds(lambda: frechet_distance(a, b), ROUNDS)  # before and after: the machine may have changed
-    ours = min(ours, again)
-    for name, (taken, value) in peers.items():
-        assert found == pytest.approx(value, rel=1e-6)
-        benchmark.extra_info |= {f"seconds_{name}": taken, f"ratio_{name}": taken / ours}
-    benchmark.extra_info |= {"width": WIDTH, "seconds": ours}
-    benchmark.pedantic(frechet_distance, (a, b), rounds=1)
+    peers = {"sqrtm": by_sqrtm, "torch-fidelity": by_torch_fidelity, "torchmetrics": by_torchmetrics}
+    found = frechet_distance(a, b)
+    for other in peers.values():
+        assert found == pytest.approx(other(a, b), rel=1e-6)
+    bars = {"sqrtm": 10.0, "torch-fidelity": 2.5}
+    work = Ours(f"distance of {WIDTH}-d statistics", lambda: frechet_distance(a, b), bars=bars)
+    compare([work], {name: partial(other, a, b) for name, other in peers.items()}, rounds=3)
 
 
 @pytest.mark.parametrize("kind", ["14 decades", "quarter rank"])
-def test_error_on_ill_conditioned_covariances(benchmark: BenchmarkFixture, kind: str) -> None:
+def test_error_on_ill_conditioned_covariances(kind: str) -> None:
     width = 512
     basis = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64))[0]
     spectrum = torch.logspace(0, -14, width, dtype=torch.float64)
@@ -118,12 +94,10 @@ def test_error_on_ill_conditioned_covariances(benchmark: BenchmarkFixture, kind:
         )
     }
     assert errors["ours"] < min(error for name, error in errors.items() if name != "ours")
-    benchmark.extra_info |= {f"error_{name}": error for name, error in errors.items()}
-    benchmark.pedantic(frechet_distance, (a, b), rounds=1)
 
 
 @pytest.mark.parametrize("batch", [64, 500])
-def test_statistics_of_a_stream(benchmark: BenchmarkFixture, batch: int) -> None:
+def test_statistics_of_a_stream(compare: Comparison, batch: int) -> None:
     """Mean and covariance of batches beside torchmetrics' sums, which are updated for every batch."""
     batches = list(torch.randn(6400, WIDTH).split(batch))
 
@@ -142,14 +116,12 @@ def test_statistics_of_a_stream(benchmark: BenchmarkFixture, batch: int) -> None
         count = 6400
         return float((products - total[:, None] @ total[None] / count).trace() / (count - 1))
 
-    own, value = seconds(ours, 1)
-    other, expected = seconds(theirs, 1)
-    assert value == pytest.approx(expected, rel=1e-9)
-    benchmark.extra_info |= {"ratio_sums": other / own, "vectors_per_second": 6400 / own}
-    benchmark.pedantic(ours, rounds=1)
+    assert ours() == pytest.approx(theirs(), rel=1e-9)
+    work = Ours(f"statistics of a stream in batches of {batch}", ours, amounts={"vectors": 6400})
+    compare([work], {"torchmetrics' sums": theirs}, rounds=3)
 
 
-def test_kernel_distance_agrees(benchmark: BenchmarkFixture) -> None:
+def test_kernel_distance_agrees() -> None:
     """KID over everything once: what clean-fid and torchmetrics give for the only subset there is."""
     from torchmetrics.image.kid import poly_mmd
 
@@ -157,7 +129,7 @@ def test_kernel_distance_agrees(benchmark: BenchmarkFixture) -> None:
 
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(400, 64, generator=generator, dtype=torch.float64) + shift for shift in (0, 0.2))
-    found = benchmark.pedantic(kernel_distance, (a, b), rounds=1)
+    found = kernel_distance(a, b)
     np.random.seed(0)  # clean-fid draws from here; a permutation makes no difference
     theirs = cleanfid.fid.kernel_distance(a.numpy(), b.numpy(), num_subsets=1)
     assert found == pytest.approx(theirs, rel=1e-9)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
 import torch
+from comparison import Comparison, Ours
 from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3 as published
 
 from smalti.eval.inception_network import InceptionNetwork
 from smalti.eval.resize_for_inception import resized_for_inception
 
+pytestmark = pytest.mark.benchmark(group="Inception features")
 IMAGES = 16
 
 
@@ -30,22 +31,15 @@ def networks(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, InceptionNetwork]:
 
 
 @torch.inference_mode()
-def test_inception(benchmark: Any, networks: tuple[Any, InceptionNetwork]) -> None:
+def test_inception(compare: Comparison, networks: tuple[Any, InceptionNetwork]) -> None:
     theirs, ours = networks
     images = torch.randint(0, 256, (IMAGES, 256, 256, 3), dtype=torch.uint8)
     planes = images.movedim(-1, 1).contiguous()
-    seconds = []
 
-    def peer() -> None:
-        started = time.perf_counter()
-        theirs(planes)
-        seconds.append(time.perf_counter() - started)
+    def action() -> Any:
+        return ours(resized_for_inception(images, "tensorflow"))
 
-    found = benchmark.pedantic(
-        lambda: ours(resized_for_inception(images, "tensorflow")), setup=peer, rounds=4, warmup_rounds=1
-    )
     expected = theirs(planes)[0]
-    assert float((found[0] - expected).abs().max() / expected.abs().max()) < 1e-6
-    benchmark.extra_info.update(peer="torch-fidelity", images=IMAGES, peer_seconds=min(seconds))
-    benchmark.extra_info["ratio"] = min(seconds) / benchmark.stats.stats.min
-    benchmark.extra_info["images_per_second"] = IMAGES / benchmark.stats.stats.min
+    assert float((action()[0] - expected).abs().max() / expected.abs().max()) < 1e-6
+    work = Ours(f"{IMAGES} images of 256 x 256", action, amounts={"images": IMAGES}, bars={"torch-fidelity": 1.8})
+    compare([work], {"torch-fidelity": lambda: theirs(planes)})

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
+from comparison import Comparison, Ours
 from torch import Tensor
 
 from smalti.gaussian.attention.deformable import multi_scale_deformable_attention
 from smalti.gaussian.attention.torch_forms import sample_grids
 
+pytestmark = pytest.mark.benchmark(group="Deformable attention")
 # Images, heads, their width, points, queries, levels: GaussianToken's encoder, a detector's two and four levels.
 SIZES = {
-    "gaussiantoken": (8, 4, 16, 5, 1024, [(32, 32)]),
-    "two-levels": (4, 8, 32, 4, 1024, [(32, 32), (16, 16)]),
-    "four-levels": (2, 8, 32, 4, 900, [(64, 64), (32, 32), (16, 16), (8, 8)]),
+    "GaussianToken's": (8, 4, 16, 5, 1024, [(32, 32)]),
+    "two levels": (4, 8, 32, 4, 1024, [(32, 32), (16, 16)]),
+    "four levels": (2, 8, 32, 4, 900, [(64, 64), (32, 32), (16, 16), (8, 8)]),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.benchmark(timer=time.process_time)
 @pytest.mark.parametrize("name", SIZES)
-def test_without_gradients(benchmark: BenchmarkFixture, name: str) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def test_without_gradients(compare: Comparison, name: str) -> None:
     images, heads, dim, points, queries, shapes = SIZES[name]
     generator = torch.Generator().manual_seed(0)
     value = torch.randn(images, sum(h * w for h, w in shapes), heads, dim, generator=generator)
@@ -40,13 +35,4 @@ def test_without_gradients(benchmark: BenchmarkFixture, name: str) -> None:
         return sample_grids(value, shapes, locations, weights)
 
     torch.testing.assert_close(ours(), peer(), rtol=0, atol=2e-5)
-    taken = [(_seconds(ours), _seconds(peer)) for _ in range(9)]
-    benchmark.extra_info["ratio_grid_sample"] = min(other for _, other in taken) / min(own for own, _ in taken)
-    benchmark.pedantic(ours, rounds=5)
-    torch.set_num_threads(threads)
-
-
-def _seconds(action: Callable[[], object]) -> float:
-    start = time.process_time()
-    action()
-    return time.process_time() - start
+    compare([Ours(f"{name}, without gradients", ours, bars={"grid_sample": 1.0})], {"grid_sample": peer}, rounds=9)

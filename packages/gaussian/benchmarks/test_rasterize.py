@@ -1,43 +1,26 @@
-"""Our backends beside dense evaluation in torch, eager and compiled, in the same run: one thread, processor time.
+"""Our backends beside dense evaluation in torch, eager and compiled, in the same run: one thread, processor time."""
 
-`extra_info` gets the seconds of ours and of every peer, their ratios, and by how much a call raised the resident size.
-"""
-
-import ctypes
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
+from comparison import Comparison, Ours
 from torch import Tensor
 
 from smalti.gaussian import rasterize_gaussians_2d
 
 Action = Callable[[], object]
+pytestmark = pytest.mark.benchmark(group="Rasterizer")
 # Gaussians, height, width, the greatest scale, and how many times faster than dense eager forward: tiles, numba.
 SIZES = {
-    "256 on 256x256": (256, 256, 256, 12.0, 20, 100),
-    "1000 on 512x512": (1000, 512, 512, 12.0, 20, 300),
-    "10000 on 768x512": (10000, 512, 768, 6.0, 20, 300),
+    "256 Gaussians on 256 x 256": (256, 256, 256, 12.0, 20, 100),
+    "1,000 on 512 x 512": (1000, 512, 512, 12.0, 20, 300),
+    "10,000 on 768 x 512": (10000, 512, 768, 6.0, 20, 300),
 }
-# Dense tensors of so many numbers do not fit: what is measured is then some rows of the image, times how many fit.
-MOST_NUMBERS = 1 << 26
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A ratio that does not depend on what else the machine does with its other cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=SIZES)
-def size(request: pytest.FixtureRequest) -> tuple[int, int, int, float, int, int]:
-    return SIZES[request.param]
+# Dense tensors of more numbers take minutes and do not fit: then some rows of the image are measured, times how many
+# there are. Where that is less than a sixteenth of the image, the peer is not compiled: it would take minutes, too.
+MOST_NUMBERS = 1 << 24
+MEMORY_BAR = 100.0
 
 
 def _inputs(gaussians: int, largest: float) -> list[Tensor]:
@@ -72,35 +55,12 @@ def _dense(
     return torch.einsum("bnc,bnhw->bchw", features, alpha)
 
 
-def _seconds(action: Action) -> float:
-    start = time.process_time()
-    action()
-    return time.process_time() - start
-
-
-def _peak_mb(action: Action) -> float:
-    """Growth of the resident size at its highest during a call, in megabytes, at least 0.1; Linux only."""
-    action()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
-    action()
-    return max(_resident("VmHWM") - before, 100) / 1000
-
-
-def _resident(name: str) -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":"))
-    return int(line.split()[1]) * 1024 // 1000
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # of the compiler's own
-@pytest.mark.benchmark(timer=time.process_time)
 @pytest.mark.parametrize("gradients", [False, True], ids=["forward", "forward_backward"])
-def test_against_dense(
-    benchmark: BenchmarkFixture, size: tuple[int, int, int, float, int, int], gradients: bool
-) -> None:
-    gaussians, height, width, largest, least_tiles, least_numba = size
+@pytest.mark.parametrize("size", SIZES)
+def test_against_dense(compare: Comparison, size: str, gradients: bool) -> None:
+    gaussians, height, width, largest, least_tiles, least_numba = SIZES[size]
     inputs = [value.requires_grad_(gradients) for value in _inputs(gaussians, largest)]
     rows = max(1, min(height, MOST_NUMBERS // (gaussians * width) // (4 if gradients else 1)))
     upstream = torch.linspace(-1, 1, 3 * height * width).view(1, 3, height, width)
@@ -112,47 +72,38 @@ def test_against_dense(
 
         return run
 
-    ours = {name: action(rasterize_gaussians_2d, backend=name) for name in ("numba", "tiles")}
-    dense = {"eager": action(_dense, rows), "compiled": action(torch.compile(_dense, dynamic=False), rows)}
-    for run in (*ours.values(), *dense.values()):
+    peers = {"dense, eager": action(_dense, rows)}
+    if 16 * rows >= height:
+        peers["dense, compiled"] = action(torch.compile(_dense, dynamic=False), rows)
+    ours = [
+        Ours(
+            f"{name}, {size}, {'forward and backward' if gradients else 'forward'}",
+            action(rasterize_gaussians_2d, backend=name),
+            bars={} if gradients else {"dense, eager": least},
+            memory_bars={"dense, eager": MEMORY_BAR},
+        )
+        for name, least in (("numba", least_numba), ("tiles", least_tiles))
+    ]
+    for run in (*(one.action for one in ours), *peers.values()):
         run()
-    # In turn, so that a busy machine disturbs all alike; the least time of each counts.
-    taken = [{name: _seconds(run) for name, run in (ours | dense).items()} for _ in range(3)]
-    seconds = {name: min(times[name] for times in taken) for name in taken[0]}
-    peaks = {name: _peak_mb(run) for name, run in (ours | dense).items()}
-    for name in dense:
-        seconds[name] *= height / rows
-        peaks[name] *= height / rows
-    info = benchmark.extra_info
-    info["rows_of_dense"] = rows
-    info["milliseconds"] = {name: 1e3 * value for name, value in seconds.items()}
-    info["peak_mb"] = peaks
-    for name in ours:
-        for peer in dense:
-            info[f"{peer}_over_{name}"] = seconds[peer] / seconds[name]
-            info[f"memory_{peer}_over_{name}"] = peaks[peer] / peaks[name]
-    benchmark.pedantic(ours["numba"], rounds=5)
-    if not gradients:
-        assert seconds["eager"] / seconds["tiles"] > least_tiles
-        assert seconds["eager"] / seconds["numba"] > least_numba
+    compare(ours, peers, rounds=5, peer_scale=height / rows, memory_rounds=3)
 
 
 @pytest.mark.slow
-@pytest.mark.benchmark(timer=time.process_time)
 @pytest.mark.parametrize("backend", ["numba", "tiles"])
-def test_time_grows_with_covered_pixels(benchmark: BenchmarkFixture, backend: str) -> None:
+def test_time_grows_with_covered_pixels(compare: Comparison, backend: str) -> None:
     """Sixteen times the pixels beside the same Gaussians cost little; sixteen times as many covered cost as much."""
     inputs = _inputs(1000, 12.0)
     away, wide = [inputs[0] / 4, *inputs[1:]], [inputs[0], 4 * inputs[1], *inputs[2:]]
-    work = {
-        "small": lambda: rasterize_gaussians_2d(*inputs, 256, 256, backend=backend),
-        "large": lambda: rasterize_gaussians_2d(*away, 1024, 1024, backend=backend),
-        "covered": lambda: rasterize_gaussians_2d(*wide, 1024, 1024, backend=backend),
+
+    def large() -> Tensor:
+        return rasterize_gaussians_2d(*away, 1024, 1024, backend=backend)
+
+    peers = {
+        "the same Gaussians on 256 x 256": lambda: rasterize_gaussians_2d(*inputs, 256, 256, backend=backend),
+        "16 times as many pixels covered": lambda: rasterize_gaussians_2d(*wide, 1024, 1024, backend=backend),
     }
-    for run in work.values():
+    for run in (large, *peers.values()):
         run()
-    seconds = {name: min(_seconds(run) for _ in range(5)) for name, run in work.items()}
-    benchmark.extra_info["seconds"] = seconds
-    benchmark.pedantic(work["large"], rounds=3)
-    assert seconds["large"] < 4 * seconds["small"]
-    assert seconds["covered"] > 3 * seconds["large"] / 2
+    bars = dict(zip(peers, (0.25, 1.5), strict=True))
+    compare([Ours(f"{backend}, 1,000 Gaussians on 1024 x 1024", large, bars=bars)], peers)

@@ -5,15 +5,13 @@ The shapes are GPT-B and a FAR of its width; figures are tokens per second.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 
 import pytest
 import torch
+from comparison import Comparison, Ours
 from originals import sample_ar, sample_far
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from smalti.core.contracts import Generator
@@ -22,6 +20,7 @@ from smalti.core.sampling_settings import SamplingSettings
 from smalti.generation.ar import AROptions
 from smalti.generation.far import FAROptions
 
+pytestmark = pytest.mark.benchmark(group="AR and FAR")
 SCALE = 2.0
 ROUNDS = 3
 BARS = {"ar": {1: 4.0, 8: 3.0}, "far": {1: 3.0, 8: 3.0}}
@@ -40,33 +39,22 @@ def built(name: str) -> Generator:
     return model.eval()
 
 
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("name", ["ar", "far"])
-def test_decoding(benchmark: BenchmarkFixture, name: str, batch: int) -> None:
+def test_decoding(compare: Comparison, name: str, batch: int) -> None:
     model, original = built(name), {"ar": sample_ar, "far": sample_far}[name]
     labels, positions = torch.arange(batch), model.token_layout.positions
 
-    def ours(**settings: object) -> Tensor:
+    def ours(model: Generator = model, **settings: object) -> Tensor:
         return model.sample(labels, SamplingSettings(guidance_scale=SCALE, **settings))
 
     greedy = original(model, labels, SCALE, 16, greedy=True).view(batch, 16, -1)
     assert torch.equal(ours(temperature=0)[:, :16], greedy)
-    pairs = [
-        (seconds(ours), seconds(lambda: original(model, labels, SCALE, positions, greedy=False))) for _ in range(ROUNDS)
-    ]
-    benchmark.pedantic(ours, rounds=1)
-    ratio = statistics.median(peer / own for own, peer in pairs)
-    count = batch * positions * model.token_layout.streams
-    benchmark.extra_info["tokens per second"] = count / statistics.median(own for own, _ in pairs)
-    benchmark.extra_info["times as fast as the original"] = ratio
+    tokens = {"tokens": batch * positions * model.token_layout.streams}
+    what = f"{name.upper()}, batch {batch}"
+    work = [Ours(what, ours, amounts=tokens, bars={"original": BARS[name][batch]})]
     for weights in ("bfloat16", "int8"):
-        ours(weights=weights)  # packs them
-        rate = count / seconds(partial(ours, weights=weights))
-        benchmark.extra_info[f"tokens per second with {weights} weights"] = rate
-    assert ratio >= BARS[name][batch]
+        packed = partial(ours, deepcopy(model), weights=weights)  # a model keeps one form of packed weights
+        packed()
+        work.append(Ours(f"{what}, {weights} weights", packed, amounts=tokens))
+    compare(work, {"original": lambda: original(model, labels, SCALE, positions, greedy=False)}, rounds=ROUNDS)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from pytest_benchmark.fixture import BenchmarkFixture
+from comparison import Comparison, Ours
 
 from smalti.quant.lookup import nearest_code
 
+pytestmark = pytest.mark.benchmark(group="Nearest-code search")
 TOKENS = 8192
+BARS = {"vector-quantize-pytorch": 10.0, "cdist and argmin": 3.0}
 
 
 @pytest.mark.parametrize(("codes", "dim", "cosine"), [(16384, 8, True), (4096, 32, False), (1024, 256, False)])
-def test_nearest_code(compare: Any, library: Any, codes: int, dim: int, cosine: bool) -> None:
+def test_nearest_code(compare: Comparison, library: Any, codes: int, dim: int, cosine: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     vectors, codebook = (torch.randn(rows, dim, generator=generator) for rows in (TOKENS, codes))
     if cosine:
@@ -37,24 +38,23 @@ def test_nearest_code(compare: Any, library: Any, codes: int, dim: int, cosine: 
     exact = torch.cdist(vectors.double(), codebook.double()).argmin(1)
     assert torch.equal(ours(), exact)
     assert (by_library() == exact).double().mean() > 0.999
-    compare(ours, {"vector_quantize_pytorch": by_library, "cdist": by_cdist})
+    work = Ours(
+        f"{codes} codes x {dim}{', cosine' * cosine}",
+        ours,
+        bars=BARS,
+        megabytes=TOKENS * codes * 4 / 10 / 1e6,  # a tenth of the matrix of distances
+    )
+    compare([work], dict(zip(BARS, (by_library, by_cdist), strict=True)), memory_rounds=3)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("threads", [1])
 @pytest.mark.parametrize(("codes", "dim"), [(16384, 8), (4096, 32), (1024, 256), (16384, 256)])
-def test_fused_kernel(benchmark: BenchmarkFixture, codes: int, dim: int) -> None:
+def test_fused_kernel(compare: Comparison, codes: int, dim: int) -> None:
     """Beside product and argmax on the same GPU, and beside the floor: arithmetic in float32, or memory."""
     generator = torch.Generator().manual_seed(0)
     vectors, codebook = (torch.randn(rows, dim, generator=generator).cuda() for rows in (1 << 16, codes))
     norms = codebook.square().sum(1) / 2
-
-    def timed(action: Callable[[], object]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        action()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1000
 
     def peer() -> torch.Tensor:
         return (vectors @ codebook.t() - norms).argmax(1)
@@ -63,10 +63,9 @@ def test_fused_kernel(benchmark: BenchmarkFixture, codes: int, dim: int) -> None
         return nearest_code(vectors, codebook)
 
     assert (ours() == peer()).double().mean() > 0.999
-    taken = [(timed(ours), timed(peer)) for _ in range(20)]
-    seconds, info = min(own for own, _ in taken), benchmark.extra_info
-    info["ratio_product_and_argmax"] = min(other for _, other in taken) / seconds
-    info["teraflops"] = 2 * len(vectors) * codes * dim / seconds / 1e12
-    info["gigabytes_per_second"] = 4 * (len(vectors) * (dim + 2) + codes * dim) / seconds / 1e9
-    info["device"] = torch.cuda.get_device_name()
-    benchmark.pedantic(timed, (ours,), rounds=20)
+    floors = {
+        "TFLOP": 2 * len(vectors) * codes * dim / 1e12,
+        "GB": 4 * (len(vectors) * (dim + 2) + codes * dim) / 1e9,
+    }
+    work = Ours(f"{len(vectors)} tokens, {codes} codes x {dim}", ours, amounts=floors)
+    compare([work], {"product and argmax": peer}, rounds=20, memory_rounds=3)

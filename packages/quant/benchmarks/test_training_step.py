@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+from comparison import Comparison, Ours
 from torch import Tensor, nn
 
 from smalti.core.contracts import Quantizer
@@ -12,6 +14,9 @@ from smalti.quant.fsq import FiniteScalarOptions
 from smalti.quant.lfq import LookupFreeOptions
 from smalti.quant.residual import ResidualOptions
 from smalti.quant.vector import VectorQuantizerOptions
+
+pytestmark = pytest.mark.benchmark(group="Training step of a quantizer")
+PEER = "vector-quantize-pytorch"
 
 
 def _latent(dim: int) -> Tensor:
@@ -34,12 +39,13 @@ def _theirs(module: nn.Module, latent: Tensor) -> None:
     latent.grad = None
 
 
-def _compare(compare: Any, options: Any, module: nn.Module, dim: int, rounds: int = 5) -> None:
+def _compare(
+    compare: Comparison, what: str, bar: float, options: Any, module: nn.Module, dim: int, **more: Any
+) -> None:
     latent, quantizer = _latent(dim), options.build().train()
     module.train()
-    compare(
-        lambda: _ours(quantizer, latent), {"vector_quantize_pytorch": lambda: _theirs(module, latent)}, rounds=rounds
-    )
+    work = Ours(what, lambda: _ours(quantizer, latent), bars={PEER: bar}, **more)
+    compare([work], {PEER: lambda: _theirs(module, latent)}, memory_rounds=3)
 
 
 def _vector(**changes: Any) -> VectorQuantizerOptions:
@@ -48,27 +54,29 @@ def _vector(**changes: Any) -> VectorQuantizerOptions:
     return VectorQuantizerOptions.model_validate({**defaults, **changes})
 
 
-def test_vector_16384_x_8_cosine(compare: Any, library: Any) -> None:
+def test_vector_16384_x_8_cosine(compare: Comparison, library: Any) -> None:
     module = library.VectorQuantize(dim=8, codebook_size=16384, use_cosine_sim=True)
-    _compare(compare, _vector(dim=8, codebook_size=16384, cosine=True), module, 8)
+    _compare(compare, "VQ 16384 x 8, cosine, EMA", 3.0, _vector(dim=8, codebook_size=16384, cosine=True), module, 8)
 
 
-def test_vector_1024_x_256(compare: Any, library: Any) -> None:
+def test_vector_1024_x_256(compare: Comparison, library: Any) -> None:
     module = library.VectorQuantize(dim=256, codebook_size=1024)
-    _compare(compare, _vector(dim=256, codebook_size=1024), module, 256)
+    _compare(compare, "VQ 1024 x 256, EMA", 4.0, _vector(dim=256, codebook_size=1024), module, 256)
 
 
-def test_residual_8_x_1024(compare: Any, library: Any) -> None:
+def test_residual_8_x_1024(compare: Comparison, library: Any) -> None:
     module = library.ResidualVQ(dim=256, num_quantizers=8, codebook_size=1024)
     unit = _vector(dim=256, codebook_size=1024)
-    _compare(compare, ResidualOptions(quantizers=(unit,), depth=8, gradient="levels"), module, 256)
+    options = ResidualOptions(quantizers=(unit,), depth=8, gradient="levels")
+    _compare(compare, "residual 8 x 1024, width 256", 2.0, options, module, 256)
 
 
-def test_lookup_free_14_bits_with_entropy(compare: Any, library: Any) -> None:
+def test_lookup_free_14_bits_with_entropy(compare: Comparison, library: Any) -> None:
     module = library.LFQ(dim=14, codebook_size=2**14)
-    _compare(compare, LookupFreeOptions(bits=(14,)), module, 14, rounds=3)
+    bars = {PEER: 40.0}
+    _compare(compare, "LFQ 2^14 with entropy", 100.0, LookupFreeOptions(bits=(14,)), module, 14, memory_bars=bars)
 
 
-def test_finite_scalar(compare: Any, library: Any) -> None:
+def test_finite_scalar(compare: Comparison, library: Any) -> None:
     levels = (8, 8, 8, 5, 5)
-    _compare(compare, FiniteScalarOptions(levels=levels), library.FSQ(list(levels)), 5, rounds=200)
+    _compare(compare, "FSQ 8 8 8 5 5", 1.0, FiniteScalarOptions(levels=levels), library.FSQ(list(levels)), 5)

@@ -31,16 +31,19 @@ def forward(splats: Splats, view: View) -> Tensor:
     pairs = _pairs(splats, view, grid, splats.opacities)
     pair_features = features.flatten(0, 1)[pairs.gaussians].T  # [C, P]
     limits = _Limits.of(splats.opacities, view)
-    tiles = features.new_zeros(grid.tiles, features.shape[2], grid.tile_height * grid.tile_width)
-    light = tiles.new_empty(0)
+    padded = features.new_zeros(grid.padded(features.shape[2]))
+    tiles = grid.tiled(padded)
+    light = padded.new_empty(0)
+    buffer = pairs.buffer(grid)
     for tile, part, begins in pairs.chunks():
-        weight = limits.cut_(pairs.alpha(part, pairs.deviation(part).square_())).flatten(1)
+        weight = limits.cut_(pairs.alpha(part, pairs.deviation(part, buffer).square_())).flatten(1)
         if view.over:
             light = torch.ones_like(weight[0]) if begins else light
             weight, _, left = _composite(weight, light)
             light = left[-1]
-        tiles[tile].addmm_(pair_features[:, part], weight)
-    return grid.join(tiles)
+        drawn = tiles[grid.place(tile)]
+        drawn += (pair_features[:, part] @ weight).view_as(drawn)
+    return padded[..., : view.height, : view.width].contiguous()
 
 
 def backward(splats: Splats, view: View, image: Tensor, grad_image: Tensor) -> Gradients:
@@ -65,9 +68,10 @@ def backward(splats: Splats, view: View, image: Tensor, grad_image: Tensor) -> G
     light = behind.new_empty(0)
 
     grad_features = torch.empty_like(pair_features)
-    weight_columns, moment_columns, moment_rows = (torch.empty_like(x) for x in (pairs.dx, pairs.dx, pairs.dy))
+    weight_columns, moment_columns, moment_rows = (torch.empty_like(x) for x in (pairs.vx, pairs.vx, pairs.vy))
+    buffer = pairs.buffer(grid)
     for tile, part, begins in pairs.chunks():
-        v = pairs.deviation(part)
+        v = pairs.deviation(part, buffer)
         alpha = pairs.alpha(part, v.square())
         drawn = limits.cut_(alpha.clone() if limits.saturates else alpha).flatten(1)
         slope = pair_features[part] @ grad_tiles[tile]  # [n, h w]
@@ -88,15 +92,16 @@ def backward(splats: Splats, view: View, image: Tensor, grad_image: Tensor) -> G
         moment_rows[part] = moment.sum(2)
 
     weight_sum, moment_sum = weight_columns.sum(1), moment_columns.sum(1)
-    weight_dx = weight_columns * pairs.dx
+    dx, dy = pairs.offsets(grid, view)
+    weight_dx = weight_columns * dx
     pair_sums = torch.stack(
         (
             weight_sum,
             weight_dx.sum(1),
-            (weight_dx * pairs.dx).sum(1),
+            (weight_dx * dx).sum(1),
             moment_sum,
-            (moment_columns * pairs.dx).sum(1),
-            (moment_rows * pairs.dy).sum(1),
+            (moment_columns * dx).sum(1),
+            (moment_rows * dy).sum(1),
         ),
         dim=1,
     )
@@ -178,29 +183,38 @@ class _Grid(NamedTuple):
     def tiles(self) -> int:
         return self.images * self.rows * self.columns
 
+    def padded(self, channels: int) -> tuple[int, int, int, int]:
+        """The shape of images of whole tiles."""
+        return self.images, channels, self.rows * self.tile_height, self.columns * self.tile_width
+
+    def tiled(self, padded: Tensor) -> Tensor:
+        """A view of images of whole tiles, [B, C, height, width], as [B, rows, columns, C, h, w]."""
+        h, w = self.tile_height, self.tile_width
+        return padded.view(self.images, padded.shape[1], self.rows, h, self.columns, w).permute(0, 2, 4, 1, 3, 5)
+
+    def place(self, tile: int) -> tuple[int, int, int]:
+        """Image, row and column of a tile."""
+        return tile // (self.rows * self.columns), tile // self.columns % self.rows, tile % self.columns
+
     def split(self, image: Tensor) -> Tensor:
         """[B, C, height, width] to [K, C, h w], zeros where a tile reaches past the image."""
-        h, w = self.tile_height, self.tile_width
-        padded = F.pad(image, (0, self.columns * w - self.width, 0, self.rows * h - self.height))
-        parts = padded.reshape(self.images, image.shape[1], self.rows, h, self.columns, w)
-        return parts.permute(0, 2, 4, 1, 3, 5).reshape(self.tiles, image.shape[1], h * w)
-
-    def join(self, tiles: Tensor) -> Tensor:
-        """The inverse of `split`."""
-        h, w, channels = self.tile_height, self.tile_width, tiles.shape[1]
-        parts = tiles.reshape(self.images, self.rows, self.columns, channels, h, w).permute(0, 3, 1, 4, 2, 5)
-        padded = parts.reshape(self.images, channels, self.rows * h, self.columns * w)
-        return padded[..., : self.height, : self.width].contiguous()
+        *_, height, width = self.padded(1)
+        padded = F.pad(image, (0, width - self.width, 0, height - self.height)).contiguous()
+        return self.tiled(padded).reshape(self.tiles, image.shape[1], self.tile_height * self.tile_width)
 
 
 class _Pairs(NamedTuple):
     """What each pair of a tile and a Gaussian needs, with the offsets (dx, dy) = centre - pixel of its tile.
 
+    The offsets themselves are needed once, at the end of a backward pass, and are not kept.
+
     Args:
         gaussians: [P], index among the B × N Gaussians.
         bounds: K + 1 positions; tile k owns the pairs bounds[k] to bounds[k + 1].
-        dx: [P, w].
-        dy: [P, h].
+        x: [P, 1], of the centre.
+        y: [P, 1].
+        first_x: [P, 1], the first column of the tile, in pixels.
+        first_y: [P, 1].
         u2: [P, w], (p dx)², infinite outside the Gaussian's box.
         vx: [P, w], q dx.
         vy: [P, h], r dy.
@@ -209,8 +223,10 @@ class _Pairs(NamedTuple):
 
     gaussians: Tensor
     bounds: list[int]
-    dx: Tensor
-    dy: Tensor
+    x: Tensor
+    y: Tensor
+    first_x: Tensor
+    first_y: Tensor
     u2: Tensor
     vx: Tensor
     vy: Tensor
@@ -222,9 +238,22 @@ class _Pairs(NamedTuple):
             for first in range(start, end, CHUNK):
                 yield tile, slice(first, min(first + CHUNK, end)), first == start
 
-    def deviation(self, part: slice) -> Tensor:
-        """The second whitened offset, v = q dx + r dy: [n, h, w]."""
-        return self.vx[part, None, :] + self.vy[part, :, None]
+    def offsets(self, grid: _Grid, view: View) -> tuple[Tensor, Tensor]:
+        """Of columns, dx [P, w], and of rows, dy [P, h]."""
+        return (
+            _offsets(self.x, self.first_x, grid.tile_width, view),
+            _offsets(self.y, self.first_y, grid.tile_height, view),
+        )
+
+    def buffer(self, grid: _Grid) -> Tensor:
+        """Room for the largest chunk: made anew, chunks of many sizes would leave holes in memory."""
+        most = max((end - start for start, end in zip(self.bounds, self.bounds[1:], strict=False)), default=0)
+        return self.vx.new_empty(min(most, CHUNK), grid.tile_height, grid.tile_width)
+
+    def deviation(self, part: slice, buffer: Tensor) -> Tensor:
+        """The second whitened offset, v = q dx + r dy: [n, h, w], in the buffer."""
+        chunk = buffer[: part.stop - part.start]
+        return torch.add(self.vx[part, None, :], self.vy[part, :, None], out=chunk)
 
     def alpha(self, part: slice, v_squared: Tensor) -> Tensor:
         """Opacity × exp(-(u² + v²) / 2), not clamped: [n, h, w], written over `v_squared`."""
@@ -258,21 +287,34 @@ def _pairs(splats: Splats, view: View, grid: _Grid, opacities: Tensor) -> _Pairs
     gaussians, row, column = gaussians[order], row[order], column[order]
     bounds = torch.searchsorted(tile, torch.arange(grid.tiles + 1, device=boxes.device)).tolist()
 
-    xs = column[:, None] * w + torch.arange(w, device=boxes.device)
-    ys = row[:, None] * h + torch.arange(h, device=boxes.device)
     x, y = centers.flatten(0, 1)[gaussians, :, None].unbind(1)
-    dx = x - (xs.to(x.dtype) + view.pixel_center)
-    dy = y - (ys.to(y.dtype) + view.pixel_center)
-    left, right, top, bottom = boxes.flatten(0, 1)[gaussians, :, None].unbind(1)
     p, q, r = whitening.flatten(0, 1)[gaussians, :, None].unbind(1)
-    u = p * dx
+    left, right, top, bottom = boxes.flatten(0, 1)[gaussians, :, None].unbind(1)
+    first_x, first_y = column[:, None] * w, row[:, None] * h
+    dx = _offsets(x, first_x, w, view)
+    vx, u2 = q * dx, dx.mul_(p).square_()
+    vy = _offsets(y, first_y, h, view).mul_(r)
     return _Pairs(
         gaussians=gaussians,
         bounds=bounds,
-        dx=dx,
-        dy=dy,
-        u2=torch.where((xs >= left) & (xs < right), u * u, torch.inf),
-        vx=q * dx,
-        vy=r * dy,
-        opacities=torch.where((ys >= top) & (ys < bottom), opacities.flatten()[gaussians, None], 0),
+        x=x,
+        y=y,
+        first_x=first_x,
+        first_y=first_y,
+        u2=u2.masked_fill_(_outside(first_x, w, left, right), torch.inf),
+        vx=vx,
+        vy=vy,
+        opacities=opacities.flatten()[gaussians, None].masked_fill(_outside(first_y, h, top, bottom), 0),
     )
+
+
+def _offsets(center: Tensor, first: Tensor, size: int, view: View) -> Tensor:
+    """The centre's from so many pixels beginning with the first: [P, size]."""
+    pixels = first.to(center.dtype) + torch.arange(size, dtype=center.dtype, device=center.device)
+    return torch.sub(center, pixels.add_(view.pixel_center), out=pixels)
+
+
+def _outside(first: Tensor, size: int, start: Tensor, end: Tensor) -> Tensor:
+    """Which of so many pixels beginning with the first are not of start to end: [P, size]."""
+    steps = torch.arange(size, device=first.device)
+    return (steps < start - first).logical_or_(steps >= end - first)
