@@ -22,8 +22,8 @@ from smalti.core.contracts import PairMetric, Tokenizer
 from smalti.core.data.images import to_uint8
 from smalti.core.data.loader import read_images
 from smalti.core.errors import UserError
+from smalti.core.metrics import pair_metrics
 from smalti.core.pipeline import Pipeline
-from smalti.core.plugins import registry
 from smalti.core.progress import Reporter
 from smalti.core.recipe import Recipe, load_recipe
 from smalti.core.run_folder import RunFolder
@@ -132,7 +132,7 @@ def compare(
     for context in contexts.values():
         with context.run.locked():
             context.run.prepare(context.recipe, force=force)
-    metrics = {name: registry().options("metric", name)().build() for name in registry().names("metric")}
+    metrics = pair_metrics()
     measured: dict[str, Measured] = {}
     for place, (name, context) in enumerate(contexts.items(), 1):
         reporter.say(f"{name} ({place} of {len(contexts)})")
