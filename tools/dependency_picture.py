@@ -161,7 +161,10 @@ def _line(here: str, there: str, at_once: bool) -> str:
 
 def _box(name: str, room: Room, fill: str, more: str = "") -> str:
     x, y = room.left + 10, room.top + 20
-    lines = [f'<text x="{x}" y="{y}" font-weight="bold">{name}</text>', f'<text x="{x}" y="{y + 18}">{room.says}</text>']
+    lines = [
+        f'<text x="{x}" y="{y}" font-weight="bold">{name}</text>',
+        f'<text x="{x}" y="{y + 18}">{room.says}</text>',
+    ]
     if more:
         halves = [more] if len(more) < 38 else _halves(more)
         lines += [f'<text x="{x}" y="{y + 34 + 14 * n}" font-size="11">{half}</text>' for n, half in enumerate(halves)]

@@ -49,9 +49,7 @@ def pages() -> dict[str, str]:
 def navigation() -> list[dict[str, Any]]:
     """The same pages as entries of the site's navigation."""
     packages = {
-        f"smalti.{package}": [
-            {title: page} for page, (title, _) in rooms().items() if title.split(".")[1] == package
-        ]
+        f"smalti.{package}": [{title: page} for page, (title, _) in rooms().items() if title.split(".")[1] == package]
         for package in PACKAGES
     }
     return [
@@ -93,9 +91,9 @@ def commands_page() -> str:
     root = typer.main.get_command(app)
     parts = [
         "# Commands",
-        "`smalti COMMAND --help` says the same. `smalti --debug COMMAND` shows the traceback of a mistake. Exit codes: 0; "
-        "1 where a check found something (`data check`, `plugins --check`, a variant of `compare` that failed); 2 for a "
-        "mistake, with one sentence on standard error; 130 after Ctrl-C.",
+        "`smalti COMMAND --help` says the same. `smalti --debug COMMAND` shows the traceback of a mistake. Exit codes: "
+        "0; 1 where a check found something (`data check`, `plugins --check`, a variant of `compare` that failed); 2 "
+        "for a mistake, with one sentence on standard error; 130 after Ctrl-C.",
     ]
     for name, command in _commands(root, ""):
         usage = [f"smalti {name}", "[OPTION]..."] + [_argument(each) for each in command.params if _is_argument(each)]

@@ -74,5 +74,3 @@ def _site_path(path: str, files: Files) -> str | None:
             return inside
     assert (ROOT / path).exists(), f"a link leads to {path}, which does not exist"
     return None
-
-

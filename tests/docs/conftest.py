@@ -1,4 +1,4 @@
-"""What the documentation's blocks work with: small data, and published files of the right layout with random weights."""
+"""What the documentation's blocks work with: small data, and small published files of random weights."""
 
 from __future__ import annotations
 
