@@ -20,7 +20,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from smalti.core.cli import app
+from smalti.core.evaluate_command import RECIPE
 from smalti.core.options import ComponentOptions, Slot
+from smalti.core.plugin_commands import PluginCommand
 from smalti.core.plugins import KINDS, registry
 from smalti.core.recipe import Recipe
 
@@ -88,20 +90,24 @@ def modules_page(title: str, modules: list[str]) -> str:
 
 def commands_page() -> str:
     """Every command with its arguments and options."""
-    root = typer.main.get_command(app)
     parts = [
         "# Commands",
         "`smalti COMMAND --help` says the same. `smalti --debug COMMAND` shows the traceback of a mistake. Exit codes: "
         "0; 1 where a check found something (`data check`, `plugins --check`, a variant of `compare` that failed); 2 "
         "for a mistake, with one sentence on standard error; 130 after Ctrl-C.",
     ]
-    for name, command in _commands(root, ""):
+    for name, command in commands().items():
         usage = [f"smalti {name}", "[OPTION]..."] + [_argument(each) for each in command.params if _is_argument(each)]
         parts += [f"## {name}", str(command.help or "").strip(), f"`{' '.join(usage)}`"]
         rows = [row for each in command.params if (row := _parameter(each))]
         if rows:
             parts.append(_table(["", "default", ""], rows))
     return "\n\n".join(parts) + "\n"
+
+
+def commands() -> dict[str, Any]:
+    """Every command by its words, those of plugins imported."""
+    return dict(_commands(typer.main.get_command(app), ""))
 
 
 def _commands(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -113,8 +119,12 @@ def _commands(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         whole = f"{prefix} {name}".strip()
         if hasattr(command, "list_commands"):
             yield from _commands(command, whole)
+        elif isinstance(command, PluginCommand):
+            alone = typer.Typer(add_completion=False)
+            alone.command()(registry().load("command", whole))
+            yield whole, typer.main.get_command(alone)
         else:
-            yield whole, command
+            yield whole.removesuffix(f" {RECIPE}"), command
 
 
 def _is_argument(parameter: Any) -> bool:
@@ -236,7 +246,7 @@ def _type(field: FieldInfo) -> str:
     if slot is not None:
         many = "several of the kind " if typing.get_origin(field.annotation) is tuple else "a component of the kind "
         return f"{many}[{slot.kind}](options-{slot.kind}.md)"
-    return f"`{_shown(field.annotation, field)}`".replace("|", "\\|")
+    return f"`{_shown(field.annotation, field)}`"
 
 
 def _shown(annotation: Any, field: FieldInfo | None = None) -> str:
@@ -246,14 +256,14 @@ def _shown(annotation: Any, field: FieldInfo | None = None) -> str:
     if origin is Annotated:
         return _shown(arguments[0]) + _limits(arguments[1:])
     if origin is typing.Literal:
-        return " | ".join(map(str, arguments))
+        return " or ".join(map(str, arguments))
     if origin is tuple:
         inner = [_shown(each) for each in arguments if each is not Ellipsis]
         return f"[{', '.join(inner)}{', ...' if Ellipsis in arguments else ''}]{limits}"
     if origin is dict:
         return f"{{{_shown(arguments[0])}: {_shown(arguments[1])}}}"
     if arguments:
-        return " | ".join("null" if each is type(None) else _shown(each) for each in arguments) + limits
+        return " or ".join("null" if each is type(None) else _shown(each) for each in arguments) + limits
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "{...}"
     return str(getattr(annotation, "__name__", annotation)) + limits
@@ -280,7 +290,7 @@ def _default(field: FieldInfo) -> str:
     text = {None: "null", True: "true", False: "false"}.get(value) if isinstance(value, bool | None) else str(value)
     if isinstance(value, tuple):
         text = str(list(value))
-    return f"`{text}`".replace("|", "\\|") if text else "empty"
+    return f"`{text}`" if text else "empty"
 
 
 def _table(titles: list[str], rows: list[list[str]]) -> str:

@@ -49,8 +49,6 @@ PAGES = sorted(
 NOT_HERE = {
     "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node0:29500 "
     "-m smalti run quickstart --out runs/many": "needs two machines; the same on one machine runs above it",
-    "nohup smalti run quickstart --out runs/mine &": "leaves a process behind",
-    "mkdocs serve": "serves until it is stopped",
 }
 # What a page takes for granted.
 BEFORE = {

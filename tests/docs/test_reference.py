@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import re
+import shlex
 from pathlib import Path
 from types import ModuleType
 
@@ -42,9 +44,31 @@ def test_options_of_recipes_are_what_overrides_take(pages: ModuleType) -> None:
 
 def test_every_command_is_there_and_tells_what_it_takes(pages: ModuleType) -> None:
     text = pages.commands_page()
-    for name in ("run", "train tokenizer", "evaluate images", "fit", "shards make", "zoo"):
+    for name in ("run", "train tokenizer", "evaluate", "evaluate images", "fit", "shards make", "zoo"):
         assert f"\n## {name}\n" in text
     assert "|  |\n" not in text.replace("| --- | --- | --- |", "").replace("|  | default |  |\n", ""), "a gap in a help"
+
+
+def test_commands_named_in_sentences_exist(pages: ModuleType) -> None:
+    commands = pages.commands()
+    markdown = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("packages/*/README.md")]
+    found = [
+        (path.name, written)
+        for path in markdown
+        if path.name != "CHANGELOG.md"
+        for written in re.findall(r"`(smalti [a-z][^`\n]*)`", path.read_text())
+    ]
+    assert len(found) > 50
+    for page, written in found:
+        words = shlex.split(written)[1:]
+        named = [name for name in (" ".join(words[:2]), words[0]) if name in commands]
+        groups = {name.partition(" ")[0] for name in commands}
+        assert named or (len(words) == 1 and words[0] in groups), f"{page}: {written}"
+        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        known = {
+            option for name in named for each in commands[name].params for option in (*each.opts, *each.secondary_opts)
+        }
+        assert options <= known | {"--help"}, f"{page}: {written}"
 
 
 def test_every_public_module_has_a_page(pages: ModuleType) -> None:
