@@ -36,8 +36,9 @@ def smaller(options: Any) -> Any:
     capped = {
         name: min(value, SMALL[name]) if name in SMALL and type(value) is int else smaller(value)
         for name, value in options.items()
-        if name != "mlp_width"
     }
+    if "mlp_width" in capped:
+        capped["mlp_width"] = 4 * capped["width"]
     if isinstance(capped.get("multipliers"), list):
         capped["multipliers"] = [1] * len(capped["multipliers"])
     return capped
@@ -78,7 +79,7 @@ def folder(path: Path, count: int = 6, classes: tuple[str, ...] = ("",)) -> None
 MAKERS: dict[str, Callable[[Path], None]] = {
     "photos": lambda path: folder(path, 12, ("cat", "dog")),
     "held-out": lambda path: folder(path, 6, ("cat", "dog")),
-    "imagenet/val": lambda path: folder(path, 8),
+    "imagenet/val": lambda path: folder(path, 12),
     "reconstructed": lambda path: folder(path, 8),
     "photo.jpg": lambda path: Image.fromarray(pictures(1, 48)[0]).save(path),
     "samples.npz": lambda path: np.savez(path, arr_0=pictures(12, 64)),

@@ -37,6 +37,8 @@ from smalti.core.plugins import KINDS, registry
 from smalti.core.recipe import Recipe, find_recipe, load_recipe, merged, read_recipes
 from smalti.core.shrink import shrunk
 from smalti.eval import frechet
+from smalti.gaussian.fitting import fit
+from smalti.gaussian.fitting import folder as fit_folder
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -329,6 +331,9 @@ def page(
     monkeypatch.setattr(compare_command, "chosen_variants", lambda path, only: all_variants(path, only)[:2])
     monkeypatch.setattr("smalti.core.step_time.ROUNDS", 1)
     monkeypatch.setattr(zoo, "fetch", published_file)
+    options, wanted = fit.FitOptions, fit_folder.Wanted
+    monkeypatch.setattr(fit, "FitOptions", lambda **given: options(**given | {"gaussians": 40, "steps": 4}))
+    monkeypatch.setattr(fit_folder, "Wanted", lambda scale, bits, _, gif: wanted(scale, bits, 3, gif))
     module = ModuleType("page")
     module.__dict__["_visible"] = monkeypatch.syspath_prepend
     monkeypatch.setitem(sys.modules, "page", module)
