@@ -10,7 +10,7 @@ import nox
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv"
-nox.options.sessions = ["lint", "types", "tests", "packages"]
+nox.options.sessions = ["lint", "types", "tests", "packages", "docs"]
 
 PACKAGES = ("core", "quant", "gaussian", "generation", "eval")
 # What a distribution's own tests need beside pytest: extras of core that the package does not require itself.
@@ -53,6 +53,13 @@ def types(session: nox.Session) -> None:
     sync(session, "--all-packages", "--all-extras", *WITHOUT, "--group", "types", "--group", "test")
     names = (*(f"smalti.{package}" for package in PACKAGES), "smalti_example_tokenizer")
     session.run("mypy", *(argument for name in names for argument in ("-p", name)))
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, into site/; a warning is an error."""
+    sync(session, "--all-extras", *WITHOUT, "--group", "docs")
+    session.run("mkdocs", "build", "--strict", "--quiet", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session

@@ -144,7 +144,11 @@ class QuantizerOptions(ComponentOptions):
 
 
 class TokenizerOptions(ComponentOptions):
-    """Options of a tokenizer."""
+    """Options of a tokenizer.
+
+    Args:
+        preprocessing: how image files become what it takes.
+    """
 
     preprocessing: Preprocessing
 
@@ -154,7 +158,11 @@ class TokenizerOptions(ComponentOptions):
 
 
 class AutoencoderOptions(ComponentOptions):
-    """Options of an autoencoder."""
+    """Options of an autoencoder.
+
+    Args:
+        preprocessing: how image files become what it takes.
+    """
 
     preprocessing: Preprocessing
 

@@ -161,8 +161,11 @@ class Recipe(Options):
         checkpoint: the model in the zoo that the source trained with it.
         figures: what the source publishes, by name; None takes those of `checkpoint`.
         seed: of everything random in the run.
+        data: the images.
         tokenizer: images to tokens and back.
         autoencoder: in the place of a tokenizer, images to a continuous latent and back; the recipe ends with it.
+        generator: draws tokens of a class; None ends the recipe with the tokenizer.
+        train: how each of these is trained.
         tokenize: None makes no token shards; with a generator it is there by default.
         sample: None draws no images; with a generator it is there by default.
         evaluate: None measures nothing.
