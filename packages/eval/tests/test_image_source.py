@@ -108,7 +108,7 @@ def test_jpegs_are_counted(tmp_path):
 
 def test_a_broken_image_is_named(folder):
     (folder / "3.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"^image 3.png of .*images cannot be read: cannot identify image file"):
+    with pytest.raises(UserError, match=r"^image 3.png of .*images cannot be read: cannot identify image file$"):
         everything(stored_images(str(folder)), 2)
 
 

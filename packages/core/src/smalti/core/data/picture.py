@@ -40,11 +40,13 @@ def read_picture(image: bytes, channels: int) -> Pixels:
         if pixels is not None:
             return pixels
     # Pillow's readers raise errors of many types on broken bytes: to us they all mean the same.
+    stream = io.BytesIO(image)
     try:
-        with Image.open(io.BytesIO(image)) as file:
+        with Image.open(stream) as file:
             picture = _converted(file, channels)
     except Exception as error:
-        raise UndecodableImageError(" ".join(str(error).split()) or type(error).__name__) from error
+        told = str(error).replace(repr(stream), "")  # Pillow names it by its address
+        raise UndecodableImageError(" ".join(told.split()) or type(error).__name__) from error
     return np.array(picture).reshape(picture.height, picture.width, channels)
 
 
