@@ -133,6 +133,8 @@ def test_usage_over_training_has_a_chart_of_its_own(report):
     assert ">stream 3<" not in chart
     assert ">collapse<" not in usage_curves(lines[:1])
     assert "codebook" not in curves(lines)
+    validated = [*lines[:-1], {**lines[-1], "validation": {"ema": {"psnr": 20.0}}}]
+    assert curves(validated) == curves(lines)
     one = usage_curves([_health(10, [0.9])])
     assert ">usage<" in one
     page = render(replace(report, curves={"train-tokenizer": lines}))

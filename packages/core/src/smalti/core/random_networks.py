@@ -143,10 +143,10 @@ class RandomNetworks:
         return str(path)
 
 
-def small_scales(scales: Sequence[Sequence[int]]) -> list[list[int]]:
-    """As many scales, in the same order, up to a grid of 2 x 2."""
-    last = max(scales[-1])
-    return [[max(1, 2 * side // last) for side in scale] for scale in scales]
+def small_scales(scales: Sequence[Sequence[int]], last: int = 2) -> list[list[int]]:
+    """As many scales, in the same order, up to a grid of `last` x `last`."""
+    longest = max(scales[-1])
+    return [[max(1, last * side // longest) for side in scale] for scale in scales]
 
 
 def _convolutions(grid: int) -> Data:

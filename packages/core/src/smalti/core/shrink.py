@@ -128,7 +128,7 @@ def _tokenizer(tokenizer: Data, random: RandomNetworks) -> None:
             _network(tokenizer[part], scale, random)
     _capped(tokenizer.get("embed") or {})
     if isinstance(tokenizer.get("quantizer"), dict):
-        _quantizer(tokenizer["quantizer"], tokenizer)
+        _quantizer(tokenizer["quantizer"], tokenizer, scale)
     if tokenizer["name"] == "gaussiantoken" and "widths" in tokenizer["decoder"]:
         tokenizer["quantizer"]["dim"] = tokenizer["decoder"]["widths"][-1]  # what Gaussians carry is decoded
 
@@ -163,7 +163,8 @@ def _network(network: Data, scale: float, random: RandomNetworks) -> None:
             _network(head["decoder"], scale, random)
 
 
-def _quantizer(quantizer: Data, tokenizer: Data) -> None:
+def _quantizer(quantizer: Data, tokenizer: Data, scale: float) -> None:
+    """The quantizer of a tokenizer for images that are `scale` times as large as they were."""
     for part in (quantizer, *_parts(quantizer)):
         if sum(part.get("bits", ())) > BITS:
             _fewer_bits(part, tokenizer)
@@ -171,7 +172,7 @@ def _quantizer(quantizer: Data, tokenizer: Data) -> None:
             if isinstance(part.get(name), int):
                 part[name] = min(part[name], CODES)
         if isinstance(part.get("scales"), list):
-            part["scales"] = small_scales(part["scales"])
+            part["scales"] = small_scales(part["scales"], max(2, round(scale * max(part["scales"][-1]))))
         _moved(part)
 
 

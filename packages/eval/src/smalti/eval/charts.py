@@ -42,6 +42,7 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 8.5,
 }
 HEALTH = "codebook_health"  # in the lines of a training that sees tokens
+NO_LOSSES = ("stage", "step", "learning_rate", "validation", HEALTH)
 LOG_SPREAD = 20.0
 MOST_POINTS = 1024
 
@@ -52,7 +53,7 @@ def curves(lines: Sequence[dict[str, Any]]) -> str:
     Codebook health has a chart of its own, `usage_curves`. The scale is logarithmic where the values are positive
     and differ by more than `LOG_SPREAD` times.
     """
-    names = [name for name in lines[-1] if name not in ("stage", "step", "learning_rate", HEALTH)]
+    names = [name for name in lines[-1] if name not in NO_LOSSES]
     series = {name: [(line["step"], line[name]) for line in lines if name in line] for name in names}
 
     def draw(axes: Axes) -> None:
