@@ -1,6 +1,7 @@
 import json
 import re
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -102,3 +103,15 @@ def test_without_the_extra_the_sentence_names_it(monkeypatch):
     monkeypatch.setattr(arrow, "find_spec", lambda name: None)
     with refused("reading Arrow files needs the extra smalti-core[arrow], which is not installed"):
         HuggingFaceOptions(path="x").build()
+
+
+def test_offsets_that_point_out_of_the_file(tmp_path):
+    """pyarrow follows them unless it is told to look."""
+    offsets = pa.py_buffer(np.array([0, 3, 1 << 30], np.int32).tobytes())
+    column = pa.Array.from_buffers(pa.binary(), 2, [None, offsets, pa.py_buffer(b"abcdef")])
+    path = tmp_path / "data.arrow"
+    table = pa.table({"image": column})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    with refused(f"{path} is damaged or no Arrow stream: "):
+        HuggingFaceOptions(path=str(tmp_path)).build()

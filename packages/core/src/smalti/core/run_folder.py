@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from smalti.core.errors import UserError
-from smalti.core.files import disk_errors, read_json, remove_temporaries, write_json, write_text
+from smalti.core.files import disk_errors, parse_json, read_json, remove_temporaries, write_json, write_text
 from smalti.core.overrides import differences
 from smalti.core.recipe import Recipe, dump_recipe, load_recipe
 
@@ -106,7 +106,14 @@ class RunFolder:
     def stages(self) -> dict[str, dict[str, Any]]:
         """What is known of each stage: `fingerprint`, `done`, `seconds` of the process that finished it."""
         path = self.state / "stages.json"
-        return dict(read_json(path, "the state of a run's stages")) if path.exists() else {}
+        if not path.exists():
+            return {}
+        stages = read_json(path, "the state of a run's stages")
+        if not isinstance(stages, dict) or not all(isinstance(known, dict) for known in stages.values()):
+            raise UserError(
+                f"{path} is damaged, expected what is known of each stage: remove it to do all stages again"
+            )
+        return stages
 
     def record(self, stage: str, **values: Any) -> None:
         """Change what is known of a stage."""
@@ -125,10 +132,24 @@ class RunFolder:
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl` that a stage wrote."""
+        return [line for line, _ in self._metrics() if line["stage"] == stage]
+
+    def _metrics(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """Every line of `metrics.jsonl`, read and as it stands, but for the one at which a process was killed."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        parsed = [json.loads(line) for line in lines if line.endswith("}")]
-        return [line for line in parsed if line["stage"] == stage]
+        if not path.exists():
+            return
+        for number, text in enumerate(path.read_bytes().splitlines(), 1):
+            if not text.endswith(b"}"):
+                continue
+            try:
+                line = parse_json(text)
+                known = isinstance(line["stage"], str) and isinstance(line["step"], int)
+            except (ValueError, KeyError, TypeError):
+                known = False
+            if not known:
+                raise UserError(f"{path} is damaged, expected stage and step in line {number}: remove that line")
+            yield line, text.decode()
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add one line to `metrics.jsonl`."""
@@ -140,13 +161,7 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
-        kept = []
-        for text in path.read_text().splitlines():
-            if not text.endswith("}"):  # the line at which a process was killed
-                continue
-            line = json.loads(text)
-            if line["stage"] != stage or line["step"] <= step:
-                kept.append(text + "\n")
+        kept = [text + "\n" for line, text in self._metrics() if line["stage"] != stage or line["step"] <= step]
         write_text(path, "".join(kept))
 
 

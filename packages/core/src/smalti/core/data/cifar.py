@@ -79,7 +79,10 @@ class CIFAR(IndexedDataset):
 
     def __init__(self, name: str, folder: Path, batches: list[str], meta: str, names: bytes, labels: bytes) -> None:
         self.name = name
-        self.classes = tuple(entry.decode() for entry in _entry(folder / meta, names, list))
+        try:
+            self.classes = tuple(bytes.decode(entry) for entry in _entry(folder / meta, names, list))
+        except (TypeError, UnicodeDecodeError):
+            raise UserError(f"{folder / meta} is damaged: its {names.decode()} are no names") from None
         images, numbers = [], []
         for batch in batches:
             pixels, own = _entry(folder / batch, b"data", np.ndarray), _entry(folder / batch, labels, list)
