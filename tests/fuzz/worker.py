@@ -114,8 +114,8 @@ def problem(reader: Reader, folder: Path, changed: str, watch: Watch) -> tuple[s
         return "not one printable line", repr(told)
     if len(told) > LONGEST:
         return "too long a sentence", told[:3000]
-    # An image is named by its key where the shard is a stream, and by its place in a list.
-    if told and not any(name in told for name in (str(folder), Path(changed).name, "image ")):
+    # An image is named by its key where the shard is a stream; a shard by its name in the folder `.`.
+    if told and not any(name in told for name in (str(folder), Path(changed).name, "image ", "shard ")):
         return "no file is named", told
     return None
 

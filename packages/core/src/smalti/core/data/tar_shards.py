@@ -10,6 +10,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import os
 import signal
 import tarfile
 from collections.abc import Callable, Iterator
@@ -55,11 +56,15 @@ def read_shard(url: str) -> Iterator[dict[str, Any]]:
 
 def is_plain(url: str) -> bool:
     """Whether it is a local tar file that is not compressed, so that any sample of it can be read at once."""
-    path = Path(url)
-    if not path.is_file():
+    if not _is_local(url):
         return False
-    with path.open("rb") as file:
+    with Path(url).open("rb") as file:
         return not file.read(6).startswith(tuple(_UNPACKERS))
+
+
+def _is_local(url: str) -> bool:
+    """Whether it is a file; one may be called like a command, and a command may be too long for a file's name."""
+    return os.path.isfile(url)  # noqa: PTH113
 
 
 def index_shard(path: str) -> list[dict[str, Any]]:
@@ -98,7 +103,7 @@ def _check_end(tar: tarfile.TarFile) -> None:
 
 def _opened(url: str) -> Any:
     try:
-        return Path(url).open("rb") if Path(url).is_file() else gopen(url)  # a file may be called like a command
+        return Path(url).open("rb") if _is_local(url) else gopen(url)
     except FileNotFoundError:
         raise UserError(f"shard {url} does not exist") from None
     except (OSError, ValueError) as error:

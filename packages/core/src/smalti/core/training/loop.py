@@ -359,6 +359,8 @@ class _Loop:
             return
         try:
             self._take(state)
+        except UserError:
+            raise
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             first = (str(error).splitlines() or ["empty"])[0][:200]
             raise UserError(
