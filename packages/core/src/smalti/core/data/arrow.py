@@ -53,7 +53,10 @@ class Cell(NamedTuple):
 
     def read(self) -> bytes:
         """The bytes, out of the table or out of the file it names."""
-        value = self.column[self.row].as_py()
+        try:
+            value = self.column[self.row].as_py()
+        except ValueError as error:  # names of fields are not looked at when a file is opened
+            raise UserError(f"row {self.row} is damaged: {error}") from None
         if isinstance(value, dict):
             content = value.get("bytes")
             value = FilePart(str(value.get("path"))).read() if content is None else content
