@@ -121,7 +121,7 @@ def _entry(path: Path, key: bytes, kind: type) -> Any:
     except FileNotFoundError:
         raise wrong_place(path, "a batch of CIFAR") from None
     except Exception as error:  # noqa: BLE001  # broken pickles raise errors of all types
-        raise UserError(f"{path} is damaged or no batch of CIFAR: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is damaged or no batch of CIFAR: {' '.join(str(error).split())[:200]}") from None
     value = content.get(key) if isinstance(content, dict) else None
     if not isinstance(value, kind):
         raise UserError(f"{path} is no batch of CIFAR: it has no {key.decode()}")
