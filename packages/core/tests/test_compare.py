@@ -157,7 +157,7 @@ def test_a_variant_that_fails_leaves_the_others(run, table, content, tmp_path, m
     assert list(found["variants"]) == ["four", "two"]
     assert list(found["failures"]) == ["wide", "continuous", "away", "broken"]
     assert found["failures"]["continuous"] == "recipe continuous has no tokenizer, and nothing else is compared"
-    assert found["failures"]["wide"].startswith("recipe wide: tokenizer.quantizer.dim: ")
+    assert found["failures"]["wide"].startswith(f"recipe {path}:wide: tokenizer.quantizer.dim: ")
     assert found["failures"]["away"].startswith("no shard matches nowhere.tar: ")
     assert found["failures"]["broken"] == "ZeroDivisionError: division by zero"
     text = (tmp_path / "out" / "comparison.md").read_text()
@@ -186,7 +186,7 @@ def test_what_cannot_be_compared(run, table, tmp_path, monkeypatch):
     (tmp_path / "none.yaml").write_text("variants: {}")
     assert told("none.yaml") == "none.yaml has no variants to compare: its `variants` are empty"
     assert told("sings").startswith("no table of recipes 'sings': it is neither a file nor one of ")
-    assert told(table(), "tokenizer.quantizer.width=3") == "recipe four: tokenizer.quantizer.width: no such option"
+    assert told(table(), "tokenizer.quantizer.width=3").endswith(":four: tokenizer.quantizer.width: no such option")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert told(table()) == "compare works in one process: start it without torchrun"
 

@@ -84,3 +84,16 @@ def test_a_folder_appears_when_it_is_whole(tmp_path):
     with pytest.raises(KeyError):
         stop()
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe\xfd", b"[" * 100_000, b"1" * 5000])
+def test_damaged_json(tmp_path, content):
+    path = tmp_path / "file.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        files.read_json(path, "numbers")
+    assert str(caught.value).startswith(f"{path} is damaged, expected numbers: ")
+
+
+def test_a_sentence_is_one_line_that_steers_no_terminal():
+    assert str(UserError("\x1b[31mred\ntwo\ud800 café")) == "\\x1b[31mred\\ntwo\\ud800 café"

@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -43,13 +44,13 @@ def test_overrides(recipe):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("tokenizer.quantizer.dims=3", "recipe toy: tokenizer.quantizer.dims: no such option"),
-        ("tokenizer.quantizer.name=vqq", "recipe toy: tokenizer.quantizer: unknown quantizer 'vqq'; installed: signs"),
+        ("tokenizer.quantizer.dims=3", "toy.yaml: tokenizer.quantizer.dims: no such option"),
+        ("tokenizer.quantizer.name=vqq", "toy.yaml: tokenizer.quantizer: unknown quantizer 'vqq'; installed: signs"),
         ("train.generator.steps=many", "train.generator.steps: Input should be a valid integer"),
         ("train.generator.steps", "'train.generator.steps' is not an override: expected dotted.path=value"),
         ("train.tokenizer.losses.3.weight=1", "train.tokenizer.losses.3: the list has entries 0 to 0"),
         ("tokenize.flip.x=1", "tokenize.flip.x: tokenize.flip is True and has no options"),
-        ("nonsense.deep.path=1", "recipe toy: nonsense: no such option"),
+        ("nonsense.deep.path=1", "toy.yaml: nonsense: no such option"),
         ("seed={", "seed: '{' is not a YAML value"),
         ("data.train.shards=", "data.train.shards"),
     ],
@@ -63,7 +64,12 @@ def test_a_recipe_that_is_not_there(tmp_path):
     assert told(tmp_path) == f"{tmp_path} is not a run folder: it has no recipe.yaml"
 
 
-@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "\x00"])
+DEEP = "a: " + "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [1", "- 1\n- 2", "\x00", DEEP, "a: !!timestamp 99999-99-99", "a: 2026-02-31", "a: *b"]
+)
 def test_unreadable_files(tmp_path, text):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
@@ -73,7 +79,7 @@ def test_unreadable_files(tmp_path, text):
 def test_a_recipe_of_a_plugin_that_is_not_installed(recipe, content):
     content["generator"] = {"name": "diffusion-forest", "trees": 3}
     recipe.write_text(yaml.safe_dump(content))
-    assert told(recipe) == "recipe toy: generator: unknown generator 'diffusion-forest'; installed: table"
+    assert told(recipe) == f"recipe {recipe}: generator: unknown generator 'diffusion-forest'; installed: table"
 
 
 def test_differences():
@@ -109,7 +115,9 @@ def test_a_table_of_recipes(table):
     assert load_recipe(f"{table}:four", ["figures.PSNR=1"]).figures == {"PSNR": 1}
     assert told(table) == f"{table} holds several recipes: name one as {table}:NAME, of four, two"
     assert told(f"{table}:five").startswith(f"{table} holds several recipes")
-    assert told(f"{table}:two", ["tokenizer.quantizer.dims=3"]).startswith("recipe two: tokenizer.quantizer.dims: ")
+    assert told(f"{table}:two", ["tokenizer.quantizer.dims=3"]).startswith(
+        f"recipe {table}:two: tokenizer.quantizer.dims: "
+    )
     assert told(f"{table}:two", ["checkpoint=llamagen"]).startswith("no model 'llamagen' in the zoo")
 
 
@@ -192,3 +200,14 @@ def test_a_generator_brings_the_sections_that_it_needs(recipe, content):
     recipe.write_text(yaml.safe_dump(content))
     assert load_recipe(recipe).tokenize.shard_size == 10_000
     assert load_recipe(recipe).sample.count == 50_000
+
+
+def test_values_that_are_vast_are_shown_in_short(recipe):
+    """Aliases make a billion entries of a few lines."""
+    names = "abcdefghij"
+    lists = [f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in pairwise(names)]
+    lines = [f"a: &a [{', '.join('x' * 9)}]", *lists, "seed: *j"]
+    recipe.write_text("\n".join(lines))
+    sentence = told(recipe)
+    assert sentence.startswith(f"recipe {recipe}: ")
+    assert len(sentence) < 1500

@@ -102,3 +102,23 @@ def test_metrics_rewind_to_a_step_and_drop_a_cut_line(folder, cut):
     assert [line["step"] for line in folder.metrics("two")] == [2, 4, 6]
     folder.append_metrics({"stage": "one", "step": 6, "loss": 1.0})
     assert [line["step"] for line in folder.metrics("one")] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("line", ["{}", "{x}", '{"stage": "one"}', '{"stage": 1, "step": 2}', "[[}", "\x80}"])
+def test_damaged_metrics(folder, line):
+    folder.path.mkdir()
+    path = folder / "metrics.jsonl"
+    path.write_bytes(b'{"stage": "one", "step": 1}\n' + line.encode("latin1") + b"\n")
+    sentence = f"{path} is damaged, expected stage and step in line 2: remove that line"
+    assert told(folder.metrics, "one") == sentence
+    assert told(folder.rewind_metrics, "one", 5) == sentence
+
+
+@pytest.mark.parametrize("content", ["null", "[1]", '{"tokenize": 3}', '"x"'])
+def test_damaged_stages(folder, content):
+    folder.state.mkdir(parents=True)
+    path = folder.state / "stages.json"
+    path.write_text(content)
+    assert told(folder.stages) == (
+        f"{path} is damaged, expected what is known of each stage: remove it to do all stages again"
+    )

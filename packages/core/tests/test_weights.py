@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -73,7 +75,7 @@ def test_a_configuration_of_something_not_installed(saved):
     config = (saved / "config.json").read_text().replace('"composed"', '"mosaic"')
     (saved / "config.json").write_text(config)
     assert told(Tokenizer, saved).startswith(
-        "the configuration cannot be used: options: unknown tokenizer 'mosaic'; installed: composed"
+        f"{saved}/config.json: the configuration cannot be used: options: unknown tokenizer 'mosaic'; installed: "
     )
 
 
@@ -147,3 +149,19 @@ def test_shared_storage_is_saved_per_name(tmp_path):
     tied["b"] = tied["a"]
     save_tensors(tmp_path / "tied.safetensors", tied.state_dict())
     load_tensors(tied, tmp_path / "tied.safetensors")
+
+
+def test_configurations_that_cannot_be_built(saved):
+    path = saved / "config.json"
+    whole = json.loads(path.read_text())
+
+    def changed(part, option, value):
+        content = json.loads(json.dumps(whole))
+        content["options"][part][option] = value
+        path.write_text(json.dumps(content))
+        return told(Tokenizer, saved)
+
+    assert changed("encoder", "groups", 3).startswith(f"{path}: ")
+    assert changed("encoder", "blocks", 10**12).startswith(f"{path}: it asks for a ")
+    assert changed("encoder", "widths", [10**6, 10**6]).startswith(f"{path}: it asks for a ")
+    assert changed("decoder", "widths", [8, 10**15]).startswith(f"no tokenizer can be built as {path} says: ")

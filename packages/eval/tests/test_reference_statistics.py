@@ -1,9 +1,15 @@
+import re
+import zipfile
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from smalti.core.errors import UserError
+from smalti.eval.evaluation_sides import opened_statistics
 from smalti.eval.frechet import GaussianStatistics, frechet_distance
+from smalti.eval.npz_images import NpzImages
 from smalti.eval.reference_statistics import is_statistics, read_statistics, write_statistics
 
 RANDOM = np.random.default_rng(0)
@@ -79,3 +85,48 @@ def test_a_file_that_holds_objects_is_not_run(tmp_path):
     np.savez(path, mu=np.array([{}], dtype=object), sigma=np.eye(1))
     with pytest.raises(UserError, match=r"x.npz is damaged or not a file of statistics: Object arrays cannot"):
         read_statistics(path)
+
+
+def _zip(path, member, compress=False):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED) as archive:
+        archive.writestr("arr_0.npy", member)
+    return path
+
+
+def _header(shape, more=""):
+    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}{more}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+@pytest.mark.parametrize(
+    "member", [_header((2, 2, 2, 3), "("), _header((-1, 2, 2, 3)), _header((10**9, 10**9, 10**9, 3)), b"", b"x" * 200]
+)
+@pytest.mark.parametrize("compress", [False, True])
+def test_images_that_are_none(tmp_path, member, compress):
+    path = _zip(tmp_path / "images.npz", member, compress)
+    with pytest.raises(UserError) as caught:
+        NpzImages(path)
+    assert str(caught.value).startswith(f"{path} is damaged")
+
+
+def test_an_archive_whose_compression_breaks_or_is_of_the_future(tmp_path):
+    path = _zip(tmp_path / "images.npz", _header((64, 8, 8, 3)) + RANDOM.bytes(64 * 8 * 8 * 3), compress=True)
+    whole = path.read_bytes()
+    start = len(whole) // 2
+    path.write_bytes(whole[:start] + bytes(200) + whole[start + 200 :])
+    with pytest.raises(UserError, match=re.escape(f"{path} is damaged")):
+        list(NpzImages(path).batches(8))
+    entry = bytearray(whole)
+    entry[whole.rindex(b"PK\x01\x02") + 6] = 255  # the version that is needed to unpack it
+    path.write_bytes(entry)
+    with pytest.raises(UserError, match=re.escape(f"{path} is damaged or not an .npz file: zip file version 25.5")):
+        is_statistics(path)
+
+
+@pytest.mark.parametrize("protocol", [[], 3, {}, {"extractor": None}, {"extractor": {"fingerprint": "f"}}])
+def test_a_protocol_that_tells_nothing(tmp_path, statistics, protocol):
+    path = tmp_path / "ours.npz"
+    write_statistics(path, {"pool": statistics}, 20, protocol)
+    with pytest.raises(UserError) as caught:
+        opened_statistics(str(path), SimpleNamespace(fingerprint="f"), SimpleNamespace(name="p", preprocessing=None))
+    assert str(caught.value) == (f"{path} is damaged: what it says of its making lacks extractor or preprocessing")

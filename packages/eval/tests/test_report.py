@@ -166,3 +166,10 @@ def test_the_same_report_is_the_same_text(report):
 )
 def test_values_are_written_for_people(value, unit, text):
     assert Figure(name="x", title="X", value=value, unit=unit, definition="", measured="").text() == text
+
+
+def test_findings_of_validations_have_no_curve():
+    lines = [{"stage": "s", "step": step, "learning_rate": 0.1, "loss": 1 / step, "validation": {"psnr": 3.0}}
+             for step in (1, 2, 3)]  # fmt: skip
+    assert "loss" in curves(lines)
+    assert "validation" not in curves(lines)

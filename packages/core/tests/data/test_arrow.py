@@ -1,6 +1,7 @@
 import json
 import re
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -102,3 +103,15 @@ def test_without_the_extra_the_sentence_names_it(monkeypatch):
     monkeypatch.setattr(arrow, "find_spec", lambda name: None)
     with refused("reading Arrow files needs the extra smalti-core[arrow], which is not installed"):
         HuggingFaceOptions(path="x").build()
+
+
+def test_offsets_that_point_out_of_the_file(tmp_path):
+    """pyarrow follows them unless it is told to look."""
+    path = tmp_path / "data.arrow"
+    write(path, [(b"abc", None, 0), (b"def", None, 1)])
+    offsets, beyond = (np.array([0, 3, last], np.int32).tobytes() for last in (6, 1 << 30))
+    content = path.read_bytes()
+    assert content.count(offsets) == 1
+    path.write_bytes(content.replace(offsets, beyond))
+    with refused(f"{path} is damaged or no Arrow stream: "):
+        HuggingFaceOptions(path=str(tmp_path)).build()

@@ -114,3 +114,11 @@ def test_a_wrong_folder(tmp_path):
         f"{tmp_path} is not the folder cifar-10-batches-py, or the one that holds it: the folder {tmp_path} is"
     ):
         CIFAR10Options(path=str(tmp_path)).build()
+
+
+@pytest.mark.parametrize("names", [[b"a", 3], [b"\xff"], [None]])
+def test_names_that_are_none(cifar10, names):
+    path = cifar10 / "cifar-10-batches-py" / "batches.meta"
+    path.write_bytes(pickle.dumps({b"label_names": names}, protocol=2))
+    with refused(f"{path} is damaged: its label_names are no names"):
+        CIFAR10Options(path=str(cifar10)).build()

@@ -159,3 +159,36 @@ def test_celeba_that_is_not_there(celeba):
 def test_lists_of_numbers_as_json_writes_them(tmp_path):
     content = json.dumps([{"image": "a.png", "label": 1}, {"image": "b.png", "label": 0}])
     assert labelled(listed(tmp_path / "l.json", content, label="label")) == [("a", 1), ("b", 0)]
+
+
+def test_labels_beyond_all_classes(tmp_path):
+    path = tmp_path / "l.csv"
+    for label in ("1000000000000", "1" * 5000):
+        path.write_text(f"image,label\na.png,{label}\n")
+        with refused(f"{path} has the label 1"):
+            ListOptions(path=str(path), label="label").build()
+        with refused(f"{path} has the label '1"):
+            ListOptions(path=str(path), label="label", classes=("a",)).build()
+
+
+def test_a_path_that_is_none(tmp_path):
+    path = tmp_path / "l.jsonl"
+    path.write_text('{"image": "a\\u0000.png"}\n')
+    (record,) = ListOptions(path=str(path)).build().records()
+    with refused(f"{tmp_path}/a\\x00.png cannot be read: embedded null byte"):
+        _ = record.image
+
+
+def test_nested_beyond_reading(tmp_path):
+    path = tmp_path / "l.json"
+    path.write_text("[" * 100_000)
+    with refused(f"{path} is damaged, expected a list of images: it is nested too deeply"):
+        ListOptions(path=str(path)).build()
+
+
+def test_splits_of_celeba_that_are_no_text(tmp_path):
+    (tmp_path / "img_align_celeba").mkdir()
+    table = tmp_path / "list_eval_partition.txt"
+    table.write_bytes(b"000001.jpg 0\n\xff")
+    with refused(f"{table} is damaged, expected lines with a file and the number of its split"):
+        CelebAOptions(path=str(tmp_path)).build()

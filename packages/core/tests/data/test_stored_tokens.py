@@ -1,6 +1,7 @@
 """Tokens of other projects become the samples of a token set."""
 
 import json
+import pickle
 import re
 
 import numpy as np
@@ -108,3 +109,50 @@ def test_a_damaged_line_is_told(tmp_path):
     path.write_text('{"class_id": 1, "tokens": [1]}\n{"tokens": [1]}\n')
     with refused(f"line 2 of {path} is damaged: expected class_id and tokens (KeyError: 'class_id')"):
         LineTokens(path=str(path)).read(TokenLayout.sequence(1, (9,)), 0, 2)
+
+
+def header(text):
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header("{'descr': '<i8', 'fortran_order': False, 'shape': (1, 1, 6), }\n("),
+        header("(" * 500 + ")" * 500 + "\n"),
+        header("{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000, 1000000000), }\n"),
+        header("{'descr': '|V0', 'fortran_order': False, 'shape': (1000000000, 1000000000), }\n"),
+        header("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }\n") + pickle.dumps([1]),
+        header("__import__('os').system('touch executed')\n"),
+    ],
+)
+def test_arrays_that_are_none(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    for name in ("codes", "labels"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.npy").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        ArrayTokens(codes=("codes",), labels="labels").source()
+    assert str(caught.value).startswith("codes/0.npy is damaged: ")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (
+            '{"class_id": 1, "tokens": [1000000000000000000000]}',
+            "line 1 of {} is damaged: expected class_id and tokens",
+        ),
+        ("[" * 100_000, "line 1 of {} is damaged: expected class_id and tokens"),
+        ('{"class_id": 7, "tokens": [1, 2]}', "line 1 of {} has the label 7: with 3 classes, labels are 0 to 2"),
+        ('{"class_id": 1, "tokens": [1, 16]}', "lines 1 to 1 of {} hold the token 16 in stream 0: its codebook has"),
+        ('{"class_id": 1, "tokens": [1, -1]}', "lines 1 to 1 of {} hold the token -1 in stream 0: its codebook has"),
+    ],
+)
+def test_lines_that_no_shard_can_hold(tmp_path, line, sentence):
+    path = tmp_path / "tokens.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(UserError) as caught:
+        LineTokens(path=str(path), classes=3).read(TokenLayout.sequence(2, (16,)), 0, 1)
+    assert str(caught.value).startswith(sentence.format(path))

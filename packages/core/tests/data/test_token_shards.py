@@ -1,6 +1,9 @@
+import gzip
+import io
 import json
 import os
 import re
+import tarfile
 from itertools import islice
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smalti.core.data.tar_shards import read_shard
+from smalti.core.data.tar_shards import index_shard, read_shard
 from smalti.core.data.token_batches import TokenBatches
 from smalti.core.data.token_shards import (
     TokenManifest,
@@ -303,3 +306,68 @@ def test_a_state_from_anywhere_goes_on_exactly(data):
 def test_fewer_samples_than_processes():
     with refused("tokens holds 2 samples, too few for 3 processes"):
         TokenBatches(token_set(2), 1, 0, 0, 3)
+
+
+@pytest.mark.parametrize("name", ["pipe:touch executed", "../tokens-000000.tar", "/etc/passwd", "a b.tar", ""])
+def test_shards_have_plain_names(tmp_path, monkeypatch, name):
+    """In the folder itself, given as `.`, a name would be what webdataset takes: a path, an address or a command."""
+    write(tmp_path, 2)
+    path = tmp_path / "layout.json"
+    content = json.loads(path.read_text())
+    content["shards"][0]["name"] = name
+    path.write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    with refused("layout.json cannot be used: shards.0.name: String should match pattern"):
+        read_token_shards(".")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("label", [b"1" * 5000, b"99999999999", b"\xc2\xb2"])
+def test_labels_that_are_no_class(tmp_path, label):
+    write(tmp_path, 2)
+    path = tmp_path / shard_name(0)
+    members = tar_members(path)
+    members["s1.cls"] = label
+    write_tar(path, members)
+    with refused(f"sample 's1' of shard {path} has the label '"):
+        read_token_shards(tmp_path)
+
+
+def tar_members(path):
+    with tarfile.open(path) as tar:
+        return {info.name: tar.extractfile(info).read() for info in tar}
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def sparse(path, packed):
+    """A file of a tebibyte, nearly all of it a hole, in a header of GNU's tar."""
+    header = tarfile.TarInfo("s.npy").tobuf(tarfile.GNU_FORMAT)
+    header = bytearray(header)
+    header[156:157] = tarfile.GNUTYPE_SPARSE
+    header[483:495] = b"\x80\0\0\0\0\0\1\0\0\0\0\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(packed(bytes(header) + bytes(1024)))
+
+
+@pytest.mark.parametrize("read", [read_shard, index_shard])
+def test_files_that_unfold_beyond_memory(tmp_path, read):
+    path = tmp_path / "bomb.tar"
+    sparse(path, bytes)
+    with refused(f"shard {path} is damaged or incomplete after 0 samples: 's.npy' is sparse or larger than 1024 MiB"):
+        list(read(str(path)))
+
+
+def test_a_shard_that_is_called_like_a_command(tmp_path, monkeypatch):
+    write(tmp_path, 2)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipe:touch executed").write_bytes(gzip.compress((tmp_path / shard_name(0)).read_bytes()))
+    assert len(list(read_shard("pipe:touch executed"))) == 2
+    assert not (tmp_path / "executed").exists()

@@ -14,6 +14,7 @@ from typing import IO, Any
 from smalti.core.errors import UserError
 
 TEMPORARY = ".part"
+DEEPEST = 100  # of mappings and lists in each other
 
 
 @contextmanager
@@ -94,11 +95,35 @@ def read_json(path: str | Path, what: str) -> Any:
     """Read JSON; `what` says in errors which file was expected, e.g. `a run's layout`."""
     path = Path(path)
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; expected {what} there") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged, expected {what}: {error}") from None
+
+
+def parse_json(content: str | bytes) -> Any:
+    """The data in a JSON text; whatever is wrong with it is a `ValueError`, too deep nesting as well."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_yaml(content: bytes) -> Any:
+    """The data in a YAML text; whatever is wrong with it is a `ValueError`, too deep nesting as well."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        text, depth = content.decode(), 0
+        for event in yaml.parse(text, loader):  # the loader written in C follows any depth, off the end of its stack
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise ValueError("it is nested too deeply")
+        return yaml.load(text, loader)
+    except Exception as error:  # scalars that look like dates or numbers raise errors of many types
+        raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from error
 
 
 def remove_temporaries(folder: Path) -> None:

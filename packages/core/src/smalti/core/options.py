@@ -8,6 +8,7 @@ whole dotted path.
 
 from __future__ import annotations
 
+import reprlib
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from smalti.core.layout import TokenLayout
     from smalti.core.losses.loss import Loss
     from smalti.core.stage import Context, Stage
+
+
+MOST_TOLD = 8  # problems of one file
 
 
 class Options(BaseModel):
@@ -71,7 +75,7 @@ class Slot:
         if isinstance(value, str):
             value = {"name": value}
         if not isinstance(value, dict):
-            raise PydanticCustomError("component", "expected {name: ..., options}, got {got}", {"got": repr(value)})
+            raise PydanticCustomError("component", "expected {name: ..., options}, got {got}", {"got": _shown(value)})
         name = value.get("name", self.name)
         if not isinstance(name, str):
             raise PydanticCustomError(
@@ -94,10 +98,17 @@ def sentences(error: ValidationError, prefix: str = "") -> str:
     parts = []
     for line in error.errors(include_url=False):
         path = ".".join(str(part) for part in (prefix, *line["loc"]) if part != "")
-        got = "" if line["type"] in ("extra_forbidden", "missing", "component") else f", got {line['input']!r}"
+        got = "" if line["type"] in ("extra_forbidden", "missing", "component") else f", got {_shown(line['input'])}"
         message = "no such option" if line["type"] == "extra_forbidden" else line["msg"].removeprefix("Value error, ")
         parts.append(f"{path}: {message}{got}" if path else f"{message}{got}")
-    return "; ".join(parts)
+    return "; ".join(parts[:MOST_TOLD]) + (f"; and {len(parts) - MOST_TOLD} more" if len(parts) > MOST_TOLD else "")
+
+
+def _shown(value: object) -> str:
+    """A value for a sentence: a stranger's may be large, or refer to itself."""
+    shortened = reprlib.Repr()
+    shortened.maxlevel, shortened.maxstring, shortened.maxother = 2, 80, 80
+    return shortened.repr(value)
 
 
 class Preprocessing(Options):

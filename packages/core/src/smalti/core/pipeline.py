@@ -87,7 +87,7 @@ class Pipeline:
         known = run.stages().get(stage.name, {})
         distributed.barrier()
         if distributed.rank() == 0:
-            if known and known["fingerprint"] != self.fingerprints[stage.name]:
+            if known and known.get("fingerprint") != self.fingerprints[stage.name]:
                 run.remove((*stage.outputs, f"state/{stage.name}.pt"))
                 run.rewind_metrics(stage.name, 0)
             run.record(stage.name, fingerprint=self.fingerprints[stage.name], done=False)
@@ -101,4 +101,4 @@ class Pipeline:
 
     def _done(self, name: str) -> bool:
         known = self.context.run.stages().get(name, {})
-        return bool(known.get("done")) and known["fingerprint"] == self.fingerprints[name]
+        return bool(known.get("done")) and known.get("fingerprint") == self.fingerprints[name]

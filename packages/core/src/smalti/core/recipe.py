@@ -32,6 +32,7 @@ from smalti.core.checkpoints.zoo import zoo_model
 from smalti.core.data.augmentation import Augmentation
 from smalti.core.data.stored_tokens import ArrayTokens, LineTokens
 from smalti.core.errors import UserError
+from smalti.core.files import parse_yaml
 from smalti.core.options import (
     AutoencoderOptions,
     DatasetOptions,
@@ -251,7 +252,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(published(content))
     except ValidationError as error:
-        told = path if path.stem == "recipe" else path.stem if name in ("", path.stem) else name
+        told = path if Path(source).is_dir() else source
         raise UserError(f"recipe {told}: {sentences(error)}") from None
 
 
@@ -284,9 +285,9 @@ def read_recipes(path: Path) -> dict[str, Data]:
         UserError: the file is no YAML, or none of a recipe.
     """
     try:
-        content = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+        content = parse_yaml(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not readable YAML: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a recipe: expected a mapping with data, tokenizer, train, ...")
     if "variants" not in content:

@@ -22,12 +22,12 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from smalti.core.errors import UserError, few
-from smalti.core.files import disk_errors, read_json, remove_temporaries, write_json, write_text
+from smalti.core.files import disk_errors, parse_json, read_json, remove_temporaries, write_json, write_text
 from smalti.core.overrides import differences
 from smalti.core.recipe import Recipe, dump_recipe, load_recipe
 
@@ -105,7 +105,14 @@ class RunFolder:
     def stages(self) -> dict[str, dict[str, Any]]:
         """What is known of each stage: `fingerprint`, `done`, `seconds` of the process that finished it."""
         path = self.state / "stages.json"
-        return dict(read_json(path, "the state of a run's stages")) if path.exists() else {}
+        if not path.exists():
+            return {}
+        stages = read_json(path, "the state of a run's stages")
+        if not isinstance(stages, dict) or not all(isinstance(known, dict) for known in stages.values()):
+            raise UserError(
+                f"{path} is damaged, expected what is known of each stage: remove it to do all stages again"
+            )
+        return stages
 
     def record(self, stage: str, **values: Any) -> None:
         """Change what is known of a stage."""
@@ -124,7 +131,22 @@ class RunFolder:
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl` that a stage wrote."""
-        return [line for _, line in self._metrics() if line["stage"] == stage]
+        return [line for line, _ in self._metrics() if line["stage"] == stage]
+
+    def _metrics(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """Every line of `metrics.jsonl`, read and as it stands, but for the one at which a process was killed."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        for number, text in enumerate(lines, 1):
+            try:
+                line = parse_json(text)
+                known = isinstance(line["stage"], str) and isinstance(line["step"], int)
+            except (ValueError, KeyError, TypeError):
+                known = False
+            if known:
+                yield line, text.decode()
+            elif number < len(lines):
+                raise UserError(f"{path} is damaged, expected stage and step in line {number}: remove that line")
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add one line to `metrics.jsonl`."""
@@ -134,16 +156,10 @@ class RunFolder:
     def rewind_metrics(self, stage: str, step: int) -> None:
         """Drop what a stage wrote after `step`: those steps will be done again."""
         path = self.path / "metrics.jsonl"
-        if path.exists():
-            kept = [text for text, line in self._metrics() if line["stage"] != stage or line["step"] <= step]
-            write_text(path, "".join(f"{text}\n" for text in kept))
-
-    def _metrics(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The lines of `metrics.jsonl`, as they stand there and parsed; not one at which a process was killed."""
-        path = self.path / "metrics.jsonl"
-        for text in path.read_text().splitlines() if path.exists() else ():
-            with suppress(json.JSONDecodeError):
-                yield text, json.loads(text)
+        if not path.exists():
+            return
+        kept = [text + "\n" for line, text in self._metrics() if line["stage"] != stage or line["step"] <= step]
+        write_text(path, "".join(kept))
 
 
 def fingerprint(content: Any) -> str:

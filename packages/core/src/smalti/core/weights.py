@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from smalti.core.errors import UserError, few
 from smalti.core.files import read_json, write_bytes, write_json
@@ -22,6 +23,9 @@ from smalti.core.options import sentences
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 EMA_WEIGHTS = "ema.safetensors"
+
+# What building may make for each value in a file, where some are shared or made twice; and what any small model may.
+ROOM, SMALL = 4, 1 << 20
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -90,12 +94,24 @@ class Pretrained:
         if not isinstance(config, dict) or config.get("kind") != cls.kind:
             found = config.get("kind") if isinstance(config, dict) else None
             raise UserError(f"{folder} does not hold a {cls.kind}, its {CONFIG} says kind {found!r}")
-        module = cls.from_config(config)
-        assert isinstance(module, nn.Module)
         averaged = folder / EMA_WEIGHTS
-        load_tensors(module, averaged if ema and averaged.exists() else folder / WEIGHTS)
+        path = averaged if ema and averaged.exists() else folder / WEIGHTS
+        tensors = read_tensors(path)
+        module = cls._built(config, folder / CONFIG, sum(tensor.numel() for tensor in tensors.values()))
+        assert isinstance(module, nn.Module)
+        _fill(module, tensors, path)
         module.eval()
         return module
+
+    @classmethod
+    def _built(cls, config: Mapping[str, Any], where: Path, values: int) -> Self:
+        try:
+            with _at_most(ROOM * values + SMALL):
+                return cls.from_config(config)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        except Exception as error:  # what modules raise that are told impossible sizes
+            raise UserError(f"no {cls.kind} can be built as {where} says: {_first_line(error)}") from error
 
     @classmethod
     def _from_zoo(cls, name: str, *, ema: bool) -> Self:
@@ -149,13 +165,35 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} does not exist; expected the weights there")
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
+    except Exception as error:  # noqa: BLE001  # beside its own, errors of types and sizes that torch lacks
+        raise UserError(f"{path} is damaged or not a safetensors file: {_first_line(error)}") from None
+
+
+@contextmanager
+def _at_most(values: int) -> Iterator[None]:
+    """Modules that are built meanwhile may have so many parameters: a file may ask for networks without end."""
+    left = values
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal left
+        left -= 0 if parameter is None else parameter.numel()
+        if left < 0:
+            raise UserError(f"it asks for a {type(module).__name__} far beyond what the weights beside it fill")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def load_tensors(module: nn.Module, path: Path) -> None:
     """Fill `module` from a safetensors file; refuse a file of another module, naming what does not fit."""
-    found, wanted = read_tensors(path), module.state_dict()
+    _fill(module, read_tensors(path), path)
+
+
+def _fill(module: nn.Module, found: Mapping[str, Tensor], path: Path) -> None:
+    wanted = module.state_dict()
     missing = sorted(wanted.keys() - found.keys())
     foreign = sorted(found.keys() - wanted.keys())
     problems = [
@@ -175,6 +213,10 @@ def other_shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> l
         for name, tensor in wanted.items()
         if name in found and found[name].shape != tensor.shape
     ]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def fingerprint(module: nn.Module, config: Mapping[str, Any]) -> str:

@@ -42,7 +42,6 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 8.5,
 }
 HEALTH = "codebook_health"  # in the lines of a training that sees tokens
-NO_LOSSES = ("stage", "step", "learning_rate", "validation", HEALTH)
 LOG_SPREAD = 20.0
 MOST_POINTS = 1024
 
@@ -50,10 +49,11 @@ MOST_POINTS = 1024
 def curves(lines: Sequence[dict[str, Any]]) -> str:
     """Every loss of one stage over its steps; `lines` are those of `metrics.jsonl`.
 
-    Codebook health has a chart of its own, `usage_curves`. The scale is logarithmic where the values are positive
-    and differ by more than `LOG_SPREAD` times.
+    Codebook health has a chart of its own, `usage_curves`; findings of validations are left out. The scale is
+    logarithmic where the values are positive and differ by more than `LOG_SPREAD` times.
     """
-    names = [name for name in lines[-1] if name not in NO_LOSSES]
+    losses = {name for name, value in lines[-1].items() if isinstance(value, int | float)}
+    names = [name for name in lines[-1] if name in losses - {"step", "learning_rate"}]
     series = {name: [(line["step"], line[name]) for line in lines if name in line] for name in names}
 
     def draw(axes: Axes) -> None:

@@ -56,16 +56,19 @@ def opened_statistics(reference: str, extractor: Features, protocol: Protocol) -
         return None
     found = read_statistics(path)
     if found.protocol is not None:
-        made = found.protocol["extractor"]["fingerprint"]
+        try:
+            made, known = found.protocol["extractor"]["fingerprint"], found.protocol["protocol"]["preprocessing"]
+        except (KeyError, TypeError):
+            raise UserError(f"{path} is damaged: what it says of its making lacks extractor or preprocessing") from None
         if made != extractor.fingerprint:
             raise UserError(
                 f"{path} was made with the extractor {made}, protocol {protocol.name} has {extractor.fingerprint}: "
                 f"make others with `smalti evaluate stats --protocol {protocol.name}`"
             )
-        wanted, known = protocol_record(protocol, protocol.preprocessing), found.protocol["protocol"]
-        if known["preprocessing"] != wanted["preprocessing"]:
+        wanted = protocol_record(protocol, protocol.preprocessing)
+        if known != wanted["preprocessing"]:
             raise UserError(
-                f"{path} was made with the preprocessing {known['preprocessing']}, protocol {protocol.name} has "
+                f"{path} was made with the preprocessing {known}, protocol {protocol.name} has "
                 f"{wanted['preprocessing']}"
             )
     return found

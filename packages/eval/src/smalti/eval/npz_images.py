@@ -5,9 +5,10 @@ Legend: N images, B images of a batch, H W pixels.
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,7 +50,7 @@ class NpzImages:
     def batches(self, size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """Batches `rank`, `rank + world_size`, ... of `size` images uint8 `(B, H, W, 3)`, after their first index."""
         starts = range(0, len(self), size)
-        image = int(np.prod(self.shape[1:]))
+        image = math.prod(self.shape[1:])
         if self._offset is not None:
             with self.path.open("rb") as plain:
                 for start in starts[rank::world_size]:
@@ -72,22 +73,25 @@ def opened_member(path: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int,
     Raises:
         UserError: the file is missing or damaged, has no such member, or has it in column order.
     """
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+    with ExitStack() as opened:
+        try:
+            archive = opened.enter_context(zipfile.ZipFile(path))
+            file = opened.enter_context(archive.open(f"{name}.npy"))
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, column_order, dtype = read(file)
-            if column_order and len(shape) > 1:
-                raise UserError(f"{path}: {name} is in column order, expected rows first as numpy saves by default")
-            yield file, shape, dtype
-    except KeyError:
-        raise UserError(f"{path} has no array {name}") from None
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except UserError:
-        raise
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} is damaged or not an .npz file: {error}") from None
+            told = archive.getinfo(f"{name}.npy").file_size
+        except KeyError:
+            raise UserError(f"{path} has no array {name}") from None
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist") from None
+        except Exception as error:  # NumPy parses the header as Python source: broken bytes raise errors of many types
+            raise _damaged(path, error) from error
+        if column_order and len(shape) > 1:
+            raise UserError(f"{path}: {name} is in column order, expected rows first as numpy saves by default")
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > told:
+            raise UserError(f"{path} is damaged: {name} is {dtype} {shape}, but has {told} bytes")
+        yield file, shape, dtype
 
 
 def exactly(path: Path, file: IO[bytes], count: int) -> bytes:
@@ -96,7 +100,10 @@ def exactly(path: Path, file: IO[bytes], count: int) -> bytes:
     Raises:
         UserError: it ends before.
     """
-    content = file.read(count)
+    try:
+        content = file.read(count)
+    except Exception as error:  # of what unpacks it
+        raise _damaged(path, error) from error
     if len(content) != count:
         raise UserError(f"{path} is damaged: it ends after {len(content)} of {count} bytes")
     return content
@@ -118,8 +125,13 @@ def array_names(path: Path) -> set[str]:
             return {name.removesuffix(".npy") for name in archive.namelist()}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path} is damaged or not an .npz file: {error}") from None
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return UserError(f"{path} is damaged or not an .npz file: {reason}")
 
 
 def _pixels(content: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -137,4 +149,4 @@ def _offset(path: Path, shape: tuple[int, ...]) -> int | None:
         header = file.read(LOCAL_HEADER)
     name, extra = (int.from_bytes(header[place : place + 2], "little") for place in (26, 28))
     end = member.header_offset + LOCAL_HEADER + name + extra + member.file_size
-    return end - int(np.prod(shape))  # the values are the last of the member
+    return end - math.prod(shape)  # the values are the last of the member

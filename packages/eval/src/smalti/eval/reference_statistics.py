@@ -80,7 +80,7 @@ def read_statistics(path: Path) -> StatisticsFile:
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001  # whatever stops the reading of a stranger's file is its damage
-        raise UserError(f"{path} is damaged or not a file of statistics: {error}") from None
+        raise UserError(f"{path} is damaged or not a file of statistics: {str(error)[:200]}") from None
     if "pool" not in found:
         raise UserError(f"{path} has no statistics, expected arrays mu (D,) and sigma (D, D)")
     images = 0

@@ -5,6 +5,7 @@ Legend: N images, B images of a batch, H W pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,7 +64,7 @@ class SampleArchive:
         pixels = self.shape[1:]
         with opened_member(self.path, IMAGES) as (file, _, _):
             for labels in self.labels.split(size):
-                content = exactly(self.path, file, len(labels) * int(np.prod(pixels)))
+                content = exactly(self.path, file, len(labels) * math.prod(pixels))
                 images = np.frombuffer(content, np.uint8).reshape(len(labels), *pixels)
                 yield torch.from_numpy(images.copy()), labels
 

@@ -53,7 +53,10 @@ class Cell(NamedTuple):
 
     def read(self) -> bytes:
         """The bytes, out of the table or out of the file it names."""
-        value = self.column[self.row].as_py()
+        try:
+            value = self.column[self.row].as_py()
+        except ValueError as error:  # names of fields are not looked at when a file is opened
+            raise UserError(f"row {self.row} is damaged: {error}") from None
         if isinstance(value, dict):
             content = value.get("bytes")
             value = FilePart(str(value.get("path"))).read() if content is None else content
@@ -101,14 +104,15 @@ def _table(folder: Path) -> Any:
     pa = import_module("pyarrow")
     tables = []
     for path in sorted(folder.glob("*.arrow")):
-        source = pa.memory_map(str(path))
         try:
-            tables.append(pa.ipc.open_stream(source).read_all())
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{path} is damaged or no Arrow stream: {' '.join(str(error).split())}") from None
+            table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+            table.validate(full=True)  # offsets that point outside of the file would be followed
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise UserError(f"{path} is damaged or no Arrow stream: {' '.join(str(error).split())[:300]}") from None
+        tables.append(table)
     try:
         return pa.concat_tables(tables)
-    except pa.ArrowInvalid:
+    except pa.ArrowException:
         raise UserError(f"the .arrow files in {folder} have different columns, expected those of one split") from None
 
 

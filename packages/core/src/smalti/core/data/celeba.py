@@ -50,10 +50,10 @@ def _first(root: Path, name: str) -> Path | None:
 
 def _splits(table: Path) -> list[tuple[str, int]]:
     """File and number of the split of every image."""
-    lines = [line.replace(",", " ").split() for line in table.read_text().splitlines() if line.strip()]
-    if table.suffix == ".csv":
-        lines = lines[1:]
     try:
+        lines = [line.replace(",", " ").split() for line in table.read_text().splitlines() if line.strip()]
+        if table.suffix == ".csv":
+            lines = lines[1:]
         return [(file, int(split)) for file, split in lines]
     except ValueError:
         raise UserError(f"{table} is damaged, expected lines with a file and the number of its split") from None

@@ -79,7 +79,10 @@ class CIFAR(IndexedDataset):
 
     def __init__(self, name: str, folder: Path, batches: list[str], meta: str, names: bytes, labels: bytes) -> None:
         self.name = name
-        self.classes = tuple(entry.decode() for entry in _entry(folder / meta, names, list))
+        try:
+            self.classes = tuple(bytes.decode(entry) for entry in _entry(folder / meta, names, list))
+        except (TypeError, UnicodeDecodeError):
+            raise UserError(f"{folder / meta} is damaged: its {names.decode()} are no names") from None
         images, numbers = [], []
         for batch in batches:
             pixels, own = _entry(folder / batch, b"data", np.ndarray), _entry(folder / batch, labels, list)
@@ -118,7 +121,7 @@ def _entry(path: Path, key: bytes, kind: type) -> Any:
     except FileNotFoundError:
         raise wrong_place(path, "a batch of CIFAR") from None
     except Exception as error:  # noqa: BLE001  # broken pickles raise errors of all types
-        raise UserError(f"{path} is damaged or no batch of CIFAR: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is damaged or no batch of CIFAR: {' '.join(str(error).split())[:200]}") from None
     value = content.get(key) if isinstance(content, dict) else None
     if not isinstance(value, kind):
         raise UserError(f"{path} is no batch of CIFAR: it has no {key.decode()}")

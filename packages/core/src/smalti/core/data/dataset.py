@@ -69,6 +69,8 @@ class FilePart(NamedTuple):
             raise UserError(f"{self.path} does not exist") from None
         except OSError as error:
             raise UserError(f"{self.path} cannot be read: {error.strerror}") from None
+        except ValueError as error:  # a list may hold what is no path
+            raise UserError(f"{self.path} cannot be read: {error}") from None
         if len(content) < self.size:
             raise UserError(f"{self.path} is damaged: it ends before byte {self.offset + self.size}")
         return content

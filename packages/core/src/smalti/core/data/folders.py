@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from smalti.core.data.dataset import ImageDataset
-from smalti.core.data.listed import ListedImages, class_folders, images_below
+from smalti.core.data.listed import ListedImages, class_folders, images_below, label_number
 from smalti.core.data.places import located, wrong_place
 from smalti.core.errors import UserError
-from smalti.core.files import read_json
+from smalti.core.files import parse_json, read_json
 from smalti.core.options import DatasetOptions
 
 CLASS_INDEX = "ImageNet_class_index.json"
@@ -124,7 +123,7 @@ def _validation_labels(root: Path, folder: Path, files: list[str], synsets: list
     numbers = {synset: number for number, synset in enumerate(synsets)}
     try:
         found = [by_stem[Path(file).stem] for file in files]
-        return [numbers[label] if label in numbers else int(label) for label in found]
+        return [numbers[label] if label in numbers else label_number(label) for label in found]
     except KeyError as error:
         raise UserError(f"{path} has no label for {error.args[0]} of {folder}") from None
     except ValueError as error:
@@ -135,7 +134,7 @@ def _label_lines(path: Path) -> list[tuple[str, str]]:
     """File (empty where the line has none) and label."""
     text = path.read_text()
     if path.suffix == ".json":
-        return [(file, str(label)) for file, label in json.loads(text).items()]
+        return [(file, str(label)) for file, label in parse_json(text).items()]
     lines = [line.replace(",", " ").split() for line in text.splitlines() if line.strip()]
     if path.suffix == ".csv":
         lines = lines[1:]

@@ -12,6 +12,7 @@ from smalti.core.data.dataset import Box, FilePart, Record
 from smalti.core.data.indexed import IndexedDataset
 from smalti.core.errors import UserError
 
+DIGITS = 7  # of the number of a class
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
@@ -69,6 +70,13 @@ class ListedImages(IndexedDataset):
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+def label_number(text: str) -> int:
+    """A label that is a number; a `ValueError` where it is none, or larger than any number of classes."""
+    if len(text) > DIGITS:
+        raise ValueError(f"{text[:20]!r} is no number of a class")
+    return int(text)
 
 
 def images_below(folder: Path) -> list[str]:

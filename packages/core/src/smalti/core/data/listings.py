@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,9 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from smalti.core.data.dataset import ImageDataset
-from smalti.core.data.listed import ListedImages
+from smalti.core.data.listed import DIGITS, ListedImages, label_number
 from smalti.core.data.places import located, wrong_place
 from smalti.core.errors import UserError
+from smalti.core.files import parse_json
 from smalti.core.options import DatasetOptions
 
 COLUMNS = ("image", "filename", "file_name", "file", "image_path", "path", "name")
@@ -100,7 +100,9 @@ def read_rows(path: Path, *, labelled: bool) -> Rows:
     """
     try:
         rows = _rows(path, labelled=labelled)
-    except (csv.Error, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UserError:
+        raise
+    except (csv.Error, ValueError) as error:
         raise UserError(f"{path} is damaged, expected a list of images: {error}") from None
     if not rows:
         raise UserError(f"{path} lists no image")
@@ -117,11 +119,11 @@ def _rows(path: Path, *, labelled: bool) -> Rows:
         case ".txt":
             return [_text_row(line, path, labelled=labelled) for line in lines]
         case ".json":
-            content = json.loads(text)
+            content = parse_json(text)
             if isinstance(content, dict):
                 content = [{"image": file, "label": label} for file, label in content.items()]
         case ".jsonl":
-            content = [json.loads(line) for line in lines]
+            content = [parse_json(line) for line in lines]
         case _:
             raise UserError(f"{path} is no list of images: expected .txt, .csv, .json or .jsonl")
     if not isinstance(content, list) or not all(isinstance(entry, str | dict) for entry in content):
@@ -168,14 +170,21 @@ def numbered(
     if isinstance(classes, tuple):
         names = classes
     elif all(text.isdecimal() for text in texts):
+        longest = max(texts, key=len)
+        if len(longest) > DIGITS:
+            raise UserError(
+                f"{where} has the label {longest[:20]}, expected numbers of at most {DIGITS} digits, or names"
+            )
         names = tuple(map(str, range(classes or max(map(int, texts)) + 1)))
     else:
         names = tuple(sorted(set(texts)))
         if classes not in (None, len(names)):
             raise UserError(f"{where} has {len(names)} classes, the option classes says {classes}")
     numbers = {name: number for number, name in enumerate(names)}
-    try:
-        return names, [numbers[text] if text in numbers else int(text) for text in texts]
-    except ValueError:
-        wrong = next(text for text in texts if text not in numbers and not text.isdecimal())
-        raise UserError(f"{where} has the label {wrong!r}, which is none of the {len(names)} classes") from None
+    found = []
+    for text in texts:
+        try:
+            found.append(numbers[text] if text in numbers else label_number(text))
+        except ValueError:
+            raise UserError(f"{where} has the label {text[:50]!r}, which is none of the {len(names)} classes") from None
+    return names, found

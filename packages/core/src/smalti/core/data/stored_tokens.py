@@ -5,7 +5,6 @@ Legend: N images, V views of an image, L positions, S streams.
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from functools import lru_cache
@@ -17,7 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from smalti.core.data.array_file import parse_array
+from smalti.core.data.token_shards import check_tokens
 from smalti.core.errors import UserError
+from smalti.core.files import parse_json
 from smalti.core.layout import TokenLayout
 from smalti.core.options import Options
 
@@ -76,6 +78,13 @@ class StoredTokens(Options):
             UserError: a file is damaged, or holds tokens of another shape.
         """
 
+    def _checked(self, label: int, where: str) -> int:
+        if not 0 <= label < self.classes:
+            raise UserError(
+                f"{where} has the label {label}: with {self.classes} classes, labels are 0 to {self.classes - 1}"
+            )
+        return label
+
     def _class_names(self) -> tuple[str, ...]:
         return tuple(map(str, range(self.classes)))
 
@@ -115,7 +124,8 @@ class ArrayTokens(StoredTokens):
         rows, labels = [], []
         for number in range(start, stop):
             rows.append(np.concatenate([_codes(folder, number, suffixes) for folder, suffixes in folders]))
-            labels.append(int(_array(Path(self.labels) / f"{number}.npy").reshape(-1)[0]))
+            path = Path(self.labels) / f"{number}.npy"
+            labels.append(self._checked(int(_array(path).reshape(-1)[0]), str(path)))
         _check(rows, layout, f"the codes of images {start} to {stop - 1} in {self.codes[0]}")
         return TokenSamples([f"{number:08d}" for number in range(start, stop)], np.stack(rows), labels)
 
@@ -142,15 +152,16 @@ class LineTokens(StoredTokens):
         labels = []
         for number, line in enumerate(self._lines(start, stop), start + 1):
             try:
-                content = json.loads(line)
+                content = parse_json(line)
                 row = np.asarray(content["tokens"], np.int64)
-                labels.append(int(content["class_id"]))
-            except (ValueError, KeyError, TypeError) as error:
+                label = int(content["class_id"])
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
                 told = f"{type(error).__name__}: {error}"
                 raise UserError(
                     f"line {number} of {self.path} is damaged: expected class_id and tokens ({told})"
                 ) from None
             rows.append(row[None, :, None] if row.ndim == 1 else row[None])
+            labels.append(self._checked(label, f"line {number} of {self.path}"))
         _check(rows, layout, f"lines {start + 1} to {stop} of {self.path}")
         return TokenSamples([f"{number:08d}" for number in range(start, stop)], np.stack(rows), labels)
 
@@ -176,6 +187,7 @@ def _check(rows: list[Tokens], layout: TokenLayout, where: str) -> None:
                 f"{where}: expected tokens of shape (views, positions, streams) {expected}, as the recipe's tokenizer "
                 f"makes them, got {row.shape}"
             )
+    check_tokens(np.stack(rows), layout, where)
 
 
 def _folder(name: str) -> Path:
@@ -206,11 +218,11 @@ def _codes(folder: Path, number: int, suffixes: tuple[str, ...]) -> Tokens:
 
 def _array(path: Path) -> Tokens:
     try:
-        array: Tokens = np.load(path, allow_pickle=False)
+        array: Tokens = parse_array(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist, though others of its kind do") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
     if not np.issubdtype(array.dtype, np.integer) or not array.size:
         raise UserError(f"{path}: expected integers, got {array.dtype} {array.shape}")
     return array

@@ -10,9 +10,9 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import os
 import signal
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +26,7 @@ from smalti.core.errors import UserError
 
 # What the exit status of a command is when its reader closes the pipe early: by itself, or told by a shell.
 _BROKEN_PIPE = (-signal.SIGPIPE, 128 + signal.SIGPIPE)
+LARGEST = 1 << 30  # bytes of one file in a shard, which is read whole; a few MB that are packed unfold to any size
 _UNPACKERS: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 
 
@@ -45,7 +46,7 @@ def read_shard(url: str) -> Iterator[dict[str, Any]]:
             yield sample
             samples += 1
         stream.close()
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError) as error:
+    except Exception as error:  # of the formats, and of numbers in headers that nobody has
         reason = _command_failure(stream) or str(error.args[0] if error.args else error)
         raise UserError(f"shard {url} is damaged or incomplete after {samples} samples: {reason}") from error
     finally:
@@ -55,11 +56,15 @@ def read_shard(url: str) -> Iterator[dict[str, Any]]:
 
 def is_plain(url: str) -> bool:
     """Whether it is a local tar file that is not compressed, so that any sample of it can be read at once."""
-    path = Path(url)
-    if not path.is_file():
+    if not _is_local(url):
         return False
-    with path.open("rb") as file:
+    with Path(url).open("rb") as file:
         return not file.read(6).startswith(tuple(_UNPACKERS))
+
+
+def _is_local(url: str) -> bool:
+    """Whether it is a file; one may be called like a command, and a command may be too long for a file's name."""
+    return os.path.isfile(url)  # noqa: PTH113
 
 
 def index_shard(path: str) -> list[dict[str, Any]]:
@@ -68,7 +73,7 @@ def index_shard(path: str) -> list[dict[str, Any]]:
     try:
         with Path(path).open("rb") as file:
             samples.extend(group_by_keys(_parts(path, file)))
-    except (tarfile.TarError, OSError, ValueError) as error:
+    except Exception as error:
         reason = error.args[0] if error.args else error
         raise UserError(f"shard {path} is damaged or incomplete after {len(samples)} samples: {reason}") from error
     return samples
@@ -77,10 +82,17 @@ def index_shard(path: str) -> list[dict[str, Any]]:
 def _parts(path: str, file: Any) -> Iterator[dict[str, Any]]:
     with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
         while (member := tar.next()) is not None:
-            if member.isreg():
+            if _is_file(member):
                 yield {"fname": member.name, "data": FilePart(path, member.offset_data, member.size), "__url__": ""}
             tar.members = []  # type: ignore[attr-defined]  # headers, which would pile up
         _check_end(tar)
+
+
+def _is_file(member: tarfile.TarInfo) -> bool:
+    """Whether it is a file whose bytes lie in the archive as they are."""
+    if member.issparse() or not 0 <= member.size <= LARGEST:
+        raise tarfile.ReadError(f"{member.name!r} is sparse or larger than {LARGEST >> 20} MiB")
+    return member.isreg()
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
@@ -91,7 +103,7 @@ def _check_end(tar: tarfile.TarFile) -> None:
 
 def _opened(url: str) -> Any:
     try:
-        return gopen(url)
+        return Path(url).open("rb") if _is_local(url) else gopen(url)
     except FileNotFoundError:
         raise UserError(f"shard {url} does not exist") from None
     except (OSError, ValueError) as error:
@@ -115,7 +127,7 @@ def _files(stream: Any) -> Iterator[dict[str, Any]]:
     file: Any = next(unpacked, stream)
     with tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as tar:
         for member in tar:
-            content = tar.extractfile(member) if member.isreg() else None
+            content = tar.extractfile(member) if _is_file(member) else None
             if content is not None:
                 yield {"fname": member.name, "data": content.read(), "__url__": ""}
             tar.members = []  # type: ignore[attr-defined]  # headers, which would pile up
@@ -130,9 +142,12 @@ class _Header(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
         try:
-            return super().frombuf(buf, encoding, errors)
+            header = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
             if len(buf) == tarfile.BLOCKSIZE and not any(buf):
                 raise  # the block of zeros that ends an archive
             reason = str(error) if buf else "the end-of-archive marker is missing"
             raise tarfile.ReadError(reason) from error
+        if header.type != tarfile.REGTYPE and not 0 <= header.size <= LARGEST:  # long names and the like are kept whole
+            raise tarfile.ReadError(f"a header of {header.size} bytes")
+        return header

@@ -5,12 +5,11 @@ Legend: M tokens of a text, T width of the features of one.
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 from numpy.typing import NDArray
 
-from smalti.core.data.dataset import Record
+from smalti.core.data.array_file import parse_array
+from smalti.core.data.dataset import FilePart, Record
 from smalti.core.errors import UserError
 
 Text = str | NDArray[np.float32] | None
@@ -33,8 +32,9 @@ def text_of(record: Record) -> Text:
         return None
     try:
         if is_features(content):
-            features: NDArray[np.float32] = np.load(io.BytesIO(content), allow_pickle=False).astype(np.float32)
+            features: NDArray[np.float32] = parse_array(content).astype(np.float32)
             return features
         return content.decode().strip()
-    except (ValueError, EOFError) as error:
-        raise UserError(f"the text of image {record.key!r} is damaged: {error}") from None
+    except (ValueError, TypeError) as error:  # types that are no numbers
+        place = f" in {record.text.path}" if isinstance(record.text, FilePart) else ""
+        raise UserError(f"the text of image {record.key!r}{place} is damaged: {error}") from None

@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from smalti.core.data.array_file import parse_array
+from smalti.core.data.listed import DIGITS
 from smalti.core.data.tar_shards import read_shard
 from smalti.core.errors import UserError
 from smalti.core.files import atomic_write, read_json, write_json
@@ -32,11 +34,11 @@ Tokens = NDArray[np.integer[Any]]
 
 
 class ShardEntry(BaseModel):
-    """One shard of a token set."""
+    """One shard of a token set; `name` is that of a file beside `layout.json`, no path and no command."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     samples: Annotated[int, Field(ge=0)]
 
 
@@ -195,17 +197,16 @@ def _at_most(samples: int, path: Path) -> Iterator[dict[str, Any]]:
 def _array(sample: dict[str, Any], where: str) -> Tokens:
     if "npy" not in sample:
         raise UserError(f"{where} has no tokens: expected .npy")
-    # NumPy parses the header as Python source: broken bytes raise errors of many types.
     try:
-        array: Tokens = np.lib.format.read_array(io.BytesIO(sample["npy"]), allow_pickle=False)
-    except Exception as error:
-        raise UserError(f"{where} is damaged: {' '.join(str(error).split())}") from error
+        array: Tokens = parse_array(sample["npy"])
+    except ValueError as error:
+        raise UserError(f"{where} is damaged: {error}") from error
     return array
 
 
 def _label(sample: dict[str, Any], where: str, classes: int) -> int:
     content = sample.get("cls", b"")
-    if not (content.isdigit() and int(content) < classes):
+    if not (content.isdigit() and len(content) <= DIGITS and int(content) < classes):
         shown = content[:20].decode(errors="replace")
         raise UserError(f"{where} has the label {shown!r}: with {classes} classes, labels are 0 to {classes - 1}")
     return int(content)

@@ -8,7 +8,6 @@ tell the name, the classes and how many samples each shard holds.
 from __future__ import annotations
 
 import glob
-import json
 import os
 import random
 import re
@@ -24,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from smalti.core.data.dataset import Content, ImageDataset, Record
 from smalti.core.data.places import what_is_there
 from smalti.core.errors import UserError
-from smalti.core.files import read_json
+from smalti.core.files import parse_json, read_json
 from smalti.core.options import DatasetOptions, sentences
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -237,7 +236,7 @@ def _label(sample: dict[str, Any], where: str) -> int:
             raise UserError(f"{where} has the label {shown}: expected an integer") from None
     if "json" in sample:
         try:
-            label = json.loads(_bytes(sample["json"]))["label"]
+            label = parse_json(_bytes(sample["json"]))["label"]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{where} has no number under `label` in its .json") from None
         if type(label) is not int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import pickle
+import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,11 +29,15 @@ def load_state(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (wrong := archive.testzip()) is not None:  # torch does not look at checksums
+                raise zipfile.BadZipFile(f"{wrong} is not what was written")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        first = (str(error).splitlines() or ["empty"])[0]
+    except Exception as error:  # noqa: BLE001  # broken pickles raise errors of all types
+        first = (str(error).splitlines() or ["empty"])[0][:200]
         raise UserError(f"the checkpoint {path} is damaged ({first}); remove it to train from the start") from None
-    assert isinstance(state, dict)
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is no checkpoint of a training; remove it to train from the start")
     return state
 
 

@@ -359,6 +359,18 @@ class _Loop:
         state = load_state(self._path)
         if state is None:
             return
+        try:
+            self._take(state)
+        except UserError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            first = (str(error).splitlines() or ["empty"])[0][:200]
+            raise UserError(
+                f"the checkpoint {self._path} is not of this training ({type(error).__name__}: {first}); remove it to "
+                "train from the start"
+            ) from error
+
+    def _take(self, state: dict[str, Any]) -> None:
         self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
         for name, model in self.task.models.items():
             load_model(model, state["models"][name])
