@@ -303,6 +303,7 @@ def _seed_lines(folder: Path) -> None:
 
 
 def _read_lines(folder: Path) -> None:
+    stored_tokens._line_starts.cache_clear()  # the same name, but another file each time
     _stored(LineTokens(path=str(folder / "tokens.jsonl"), classes=3))
 
 

@@ -49,7 +49,7 @@ sys.path.insert(0, sys.argv[1])
 import worker
 from smalti.core.errors import UserError
 
-worker.SECONDS, worker.WAITING = 0.3, 3.0
+worker.SECONDS, worker.WAITING = 1.0, 4.0
 
 def found(mistake):
     def read(folder):

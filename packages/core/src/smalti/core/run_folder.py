@@ -136,7 +136,7 @@ class RunFolder:
     def _metrics(self) -> Iterator[tuple[dict[str, Any], str]]:
         """Every line of `metrics.jsonl`, read and as it stands, but for the one at which a process was killed."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_bytes().splitlines() if path.exists() else []
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         for number, text in enumerate(lines, 1):
             try:
                 line = parse_json(text)
@@ -144,8 +144,8 @@ class RunFolder:
             except (ValueError, KeyError, TypeError):
                 known = False
             if known:
-                yield line, text.decode()
-            elif number < len(lines):
+                yield line, text.decode().rstrip()
+            elif text.endswith(b"\n"):
                 raise UserError(f"{path} is damaged, expected stage and step in line {number}: remove that line")
 
     def append_metrics(self, line: dict[str, Any]) -> None:
