@@ -20,7 +20,8 @@ WITHOUT = ("--no-extra", "trackio", "--no-extra", "wandb")
 TEST_NEEDS = ("pytest>=8.3", "hypothesis>=6.100", "pytest-benchmark>=5.1", "pytest-xdist>=3.6")
 # A process of one thread per core; the tests of a file share one, and with it what they prepare.
 PARALLEL = ("-n", "auto", "--dist", "loadfile")
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# Hundreds of processes import torch: what they compile is kept, wherever the environment says otherwise.
+OF_TESTS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
 
 
 def sync(session: nox.Session, *arguments: str) -> None:
@@ -34,7 +35,7 @@ def sync(session: nox.Session, *arguments: str) -> None:
 def tests(session: nox.Session) -> None:
     """All tests of the workspace; arguments go to pytest, e.g. `-- -m "not slow"`."""
     sync(session, "--all-packages", "--all-extras", *WITHOUT, "--group", "test")
-    session.run("pytest", "-m", "not gpu", *PARALLEL, *session.posargs, env=ONE_THREAD)
+    session.run("pytest", "-m", "not gpu", *PARALLEL, *session.posargs, env=OF_TESTS)
 
 
 @nox.session
@@ -97,7 +98,7 @@ def packages(session: nox.Session, package: str) -> None:
             session.error(f"smalti.{package} was imported from the source tree: {installed}")
         where = ("-c", str(config), "--rootdir", ".")
         session.run(
-            "pytest", *where, "-m", "not gpu and not parity", "tests", *PARALLEL, *session.posargs, env=ONE_THREAD
+            "pytest", *where, "-m", "not gpu and not parity", "tests", *PARALLEL, *session.posargs, env=OF_TESTS
         )
 
 

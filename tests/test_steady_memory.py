@@ -17,7 +17,7 @@ STAGES = ("train-tokenizer", "train-generator", "sample", "evaluate")
 @pytest.mark.slow
 def test_memory_is_steady(tmp_path):
     """Objects tell of leaks of Python's that a hundred steps cannot show in pages; pages of all others."""
-    command = [sys.executable, Path(__file__).parent / "steady.py", "240", "480"]
+    command = [sys.executable, Path(__file__).parent / "steady.py", "120", "240"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SMALTI_PLUGINS": "-toy"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -31,6 +31,7 @@ from smalti.core.data.decode import decode, decode_whole
 from smalti.core.data.folders import ImageNetOptions
 from smalti.core.data.listings import ListOptions
 from smalti.core.data.loader import read_images
+from smalti.core.data import stored_tokens
 from smalti.core.data.stored_tokens import ArrayTokens, LineTokens
 from smalti.core.data.texts import text_of
 from smalti.core.data.token_shards import (

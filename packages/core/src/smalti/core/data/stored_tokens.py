@@ -162,6 +162,8 @@ class LineTokens(StoredTokens):
                 ) from None
             rows.append(row[None, :, None] if row.ndim == 1 else row[None])
             labels.append(self._checked(label, f"line {number} of {self.path}"))
+        if len(rows) != stop - start:
+            raise UserError(f"{self.path} ends before line {stop}, though it did not when its lines were counted")
         _check(rows, layout, f"lines {start + 1} to {stop} of {self.path}")
         return TokenSamples([f"{number:08d}" for number in range(start, stop)], np.stack(rows), labels)
 

@@ -32,7 +32,10 @@ def text_of(record: Record) -> Text:
         return None
     try:
         if is_features(content):
-            features: NDArray[np.float32] = parse_array(content).astype(np.float32)
+            array = parse_array(content)
+            if array.dtype.kind == "c":
+                raise ValueError(f"its numbers are {array.dtype}")
+            features: NDArray[np.float32] = array.astype(np.float32)
             return features
         return content.decode().strip()
     except (ValueError, TypeError) as error:  # types that are no numbers
