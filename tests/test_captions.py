@@ -6,12 +6,13 @@ import torch
 from typer.testing import CliRunner
 
 from smalti.core.backbones.cnn import CNNDecoderOptions, CNNEncoderOptions
-from smalti.core.captions import CaptionOptions, caption_features
+from smalti.core.captions import CaptionOptions
 from smalti.core.checkpoints.importing import export_file
 from smalti.core.cli import app
 from smalti.core.contracts import Generator
 from smalti.core.errors import UserError
 from smalti.core.options import Preprocessing
+from smalti.core.text_encoder import caption_features
 from smalti.core.tokenizer import ComposedOptions
 from smalti.generation.ar import AROptions
 from smalti.quant.vector import VectorQuantizerOptions

@@ -34,7 +34,7 @@ ROOMS = {
     "pipeline": Room(
         130, 150, 320, 56, "recipes, run folders, stages, sampling",
         "pipeline stage stages run_folder recipe recipes sampling_run sampling_memory sampling_trace shrink "
-        "sampling_pretrained random_networks compare compare_report step_time reconstruct probe",
+        "sampling_pretrained class_names random_networks compare compare_report step_time reconstruct probe",
     ),
     "training": Room(
         160, 250, 170, 56, "loop, losses, discriminators", "training losses discriminators"
@@ -42,13 +42,13 @@ ROOMS = {
     "data": Room(40, 350, 130, 56, "images and tokens", "data assets"),
     "models": Room(
         225, 350, 155, 56, "networks, tokenizer",
-        "backbones tokenizer autoencoder feature_prediction published_tokenizer",
+        "backbones tokenizer autoencoder feature_prediction published_tokenizer text_encoder",
     ),
     "checkpoints": Room(420, 350, 120, 56, "published files, zoo", "checkpoints zoo"),
     BASE: Room(
         40, 450, 500, 56, "options, layouts, plugins, weights, noise, the contracts and their tests",
         "contracts options layout plugins plugin errors files weights noise distributed sampling_settings metrics "
-        "codebook_health overrides progress testing",
+        "codebook_health overrides progress testing captions frechet matmul",
     ),
 }  # fmt: skip
 SIBLINGS = {

@@ -61,6 +61,8 @@ def test_commands_named_in_sentences_exist(pages: ModuleType) -> None:
     assert len(found) > 50
     for page, written in found:
         words = shlex.split(written)[1:]
+        if len(words) > 1 and f"{words[0]} {words[1].removeprefix('--')}" in commands:  # as `evaluate --compare`
+            words[1] = words[1].removeprefix("--")
         named = [name for name in (" ".join(words[:2]), words[0]) if name in commands]
         groups = {name.partition(" ")[0] for name in commands}
         assert named or (len(words) == 1 and words[0] in groups), f"{page}: {written}"

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from smalti.core.checkpoints.file import read_checkpoint
 from smalti.core.checkpoints.importing import export_checkpoint, import_checkpoint
 from smalti.core.contracts import Generator, Tokenizer
+from smalti.core.data import stored_tokens
 from smalti.core.data.arrow import HuggingFaceOptions
 from smalti.core.data.celeba import CelebAOptions
 from smalti.core.data.cifar import CIFAR10Options
@@ -31,7 +32,6 @@ from smalti.core.data.decode import decode, decode_whole
 from smalti.core.data.folders import ImageNetOptions
 from smalti.core.data.listings import ListOptions
 from smalti.core.data.loader import read_images
-from smalti.core.data import stored_tokens
 from smalti.core.data.stored_tokens import ArrayTokens, LineTokens
 from smalti.core.data.texts import text_of
 from smalti.core.data.token_shards import (

@@ -1,21 +1,14 @@
-"""Captions as the condition of a generator: what it takes for one, and the features that a T5 makes of texts.
-
-Legend: N captions, P positions of a caption, E width of its features.
-"""
+"""Captions as the condition of a generator: what it takes for one, and prompts from a user."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
 from smalti.core.errors import UserError
 from smalti.core.options import Options
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class CaptionOptions(Options):
@@ -47,61 +40,3 @@ def read_prompts(given: str) -> tuple[str, ...]:
     if not prompts:
         raise UserError("--prompts: there is no text; give one, or a file with one on each line")
     return prompts
-
-
-def caption_features(texts: Sequence[str], options: CaptionOptions, encoder: str | None, device: str) -> Tensor:
-    """Features of texts, as a generator of captions takes them.
-
-    Every text is encoded alone, so that its features do not depend on the others; it is cut after P tokens of the
-    encoder, the last of which is then the end token.
-
-    Args:
-        texts: N of them.
-        options: what the generator takes.
-        encoder: in the place of the one that `options` name.
-        device: cpu or cuda; the encoder is there only for as long as this takes.
-
-    Returns:
-        Float32 `(N, P, E)`, left-padded with zero rows.
-
-    Raises:
-        UserError: no encoder is named; transformers is not installed; there is no T5 at that place, or one with
-            features of another width.
-    """
-    import torch
-
-    source = encoder or options.encoder
-    if source is None:
-        raise UserError("the generator does not name the text encoder of its captions: give it with --text-encoder")
-    tokens, tower = _t5(source)
-    if tower.config.d_model != options.width:
-        raise UserError(
-            f"the text encoder {source} makes features {tower.config.d_model} wide, the generator takes {options.width}"
-        )
-    tower = tower.to(device).eval()
-    features = torch.zeros(len(texts), options.length, options.width, device=device)
-    with torch.inference_mode(False), torch.no_grad():
-        for row, text in zip(features, texts, strict=True):
-            words = tokens(text, truncation=True, max_length=options.length, return_tensors="pt")["input_ids"]
-            found = tower(input_ids=words.to(device)).last_hidden_state[0]
-            row[-len(found) :] = found
-    return features
-
-
-def _t5(source: str) -> tuple[Any, Any]:
-    """The splitter of texts and the encoder."""
-    import torch
-
-    from smalti.core.backbones.pretrained import import_extra
-
-    transformers = import_extra("transformers")
-    try:
-        tower = transformers.T5EncoderModel.from_pretrained(source, dtype=torch.float32)
-        return transformers.AutoTokenizer.from_pretrained(source), tower
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        what = "a folder" if Path(source).is_dir() else "neither a folder nor a hub repository that can be reached"
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"the text encoder {source} is {what}, without a T5 of transformers ({first}): download it from the hub, "
-            "and give its folder with --text-encoder"
-        ) from None

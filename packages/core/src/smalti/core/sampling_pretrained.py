@@ -10,7 +10,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from smalti.core import distributed
-from smalti.core.captions import caption_features
 from smalti.core.class_names import class_names
 from smalti.core.contracts import Generator, Tokenizer
 from smalti.core.errors import UserError
@@ -22,6 +21,7 @@ from smalti.core.recipe import SampleSection
 from smalti.core.run_folder import RunFolder
 from smalti.core.sampling_run import SamplingRun, chosen_classes
 from smalti.core.sampling_trace import save_trace
+from smalti.core.text_encoder import caption_features
 from smalti.core.weights import fingerprint
 
 FOLDER_TELLS = "sampling.json"
