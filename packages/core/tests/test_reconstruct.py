@@ -151,7 +151,7 @@ def test_what_is_no_image(saved, pictures, tmp_path, monkeypatch):
         return str(caught.value)
 
     monkeypatch.chdir(tmp_path)
-    assert told("pictures/notes.txt").startswith("pictures/notes.txt: cannot identify image file ")
+    assert told("pictures/notes.txt").startswith("pictures/notes.txt: cannot identify image file")
     assert told("nowhere") == "nowhere does not exist: give image files, folders of them, or tar shards"
     (tmp_path / "empty").mkdir()
     assert told("empty") == "there is no image in empty"

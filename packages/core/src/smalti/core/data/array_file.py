@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from smalti.core.errors import UserError
+from smalti.core.layout import TokenLayout
+
 
 def parse_array(content: bytes) -> NDArray[Any]:
     """The array in the bytes of a `.npy` file; whatever is wrong with them is a `ValueError`.
@@ -21,3 +24,19 @@ def parse_array(content: bytes) -> NDArray[Any]:
     if not array.dtype.itemsize:  # of these any number fits into no bytes
         raise ValueError(f"its elements are {array.dtype}, which has no size")
     return array
+
+
+def check_stored_tokens(tokens: NDArray[Any], layout: TokenLayout, where: str) -> None:
+    """Raise a `UserError` unless `tokens` are integers `(n, V, L, S)` within the codebooks of `layout`."""
+    if not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim != 4:
+        raise UserError(f"{where} are {tokens.dtype} {tokens.shape}, expected integers (n, views, positions, streams)")
+    if tokens.shape[2:] != (layout.positions, layout.streams):
+        expected = (layout.positions, layout.streams)
+        raise UserError(f"{where} have {tokens.shape[2:]} positions and streams, the layout has {expected}")
+    outside = (tokens < 0) | (tokens >= np.array(layout.vocab, np.int64))
+    if outside.any():
+        stream = int(np.argwhere(outside)[0][-1])
+        raise UserError(
+            f"{where} hold the token {int(tokens[outside][0])} in stream {stream}: "
+            f"its codebook has the codes 0 to {layout.vocab[stream] - 1}"
+        )

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from smalti.core.data.array_file import parse_array
-from smalti.core.data.token_shards import check_tokens
+from smalti.core.data.array_file import check_stored_tokens, parse_array
 from smalti.core.errors import UserError
 from smalti.core.files import parse_json
 from smalti.core.layout import TokenLayout
@@ -189,7 +188,7 @@ def _check(rows: list[Tokens], layout: TokenLayout, where: str) -> None:
                 f"{where}: expected tokens of shape (views, positions, streams) {expected}, as the recipe's tokenizer "
                 f"makes them, got {row.shape}"
             )
-    check_tokens(np.stack(rows), layout, where)
+    check_stored_tokens(np.stack(rows), layout, where)
 
 
 def _folder(name: str) -> Path:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from smalti.core.data.array_file import parse_array
+from smalti.core.data.array_file import check_stored_tokens, parse_array
 from smalti.core.data.listed import DIGITS
 from smalti.core.data.tar_shards import read_shard
 from smalti.core.errors import UserError
@@ -124,7 +124,7 @@ def write_token_shard(
     from webdataset import TarWriter
 
     assert len(keys) == len(tokens) == len(labels)
-    check_tokens(tokens, layout, f"the tokens for {path}")
+    check_stored_tokens(tokens, layout, f"the tokens for {path}")
     compact = tokens.astype(_type_for(layout))
     members = [key.replace(".", "_") for key in keys]
     for one, other in pairwise(members):
@@ -180,7 +180,7 @@ def _fill(tokens: Tokens, labels: NDArray[np.int64], path: Path, manifest: Token
         if array.shape != tokens.shape[1:] or array.dtype != tokens.dtype:
             expected = f"{tokens.dtype} {tokens.shape[1:]}"
             raise UserError(f"{where} holds tokens {array.dtype} {array.shape}, {MANIFEST} asks for {expected}")
-        check_tokens(array[None], manifest.layout, f"the tokens of {where}")
+        check_stored_tokens(array[None], manifest.layout, f"the tokens of {where}")
         tokens[count - 1] = array
         labels[count - 1] = _label(sample, where, len(manifest.classes))
     if count < samples:
@@ -210,22 +210,6 @@ def _label(sample: dict[str, Any], where: str, classes: int) -> int:
         shown = content[:20].decode(errors="replace")
         raise UserError(f"{where} has the label {shown!r}: with {classes} classes, labels are 0 to {classes - 1}")
     return int(content)
-
-
-def check_tokens(tokens: Tokens, layout: TokenLayout, where: str) -> None:
-    """Raise a `UserError` unless `tokens` are integers `(n, V, L, S)` within the codebooks of `layout`."""
-    if not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim != 4:
-        raise UserError(f"{where} are {tokens.dtype} {tokens.shape}, expected integers (n, views, positions, streams)")
-    if tokens.shape[2:] != (layout.positions, layout.streams):
-        expected = (layout.positions, layout.streams)
-        raise UserError(f"{where} have {tokens.shape[2:]} positions and streams, the layout has {expected}")
-    outside = (tokens < 0) | (tokens >= np.array(layout.vocab, np.int64))
-    if outside.any():
-        stream = int(np.argwhere(outside)[0][-1])
-        raise UserError(
-            f"{where} hold the token {int(tokens[outside][0])} in stream {stream}: "
-            f"its codebook has the codes 0 to {layout.vocab[stream] - 1}"
-        )
 
 
 def _type_for(layout: TokenLayout) -> np.dtype[np.unsignedinteger[Any]]:
