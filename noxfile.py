@@ -59,7 +59,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation, into site/; a warning is an error."""
-    sync(session, "--all-extras", *WITHOUT, "--group", "docs")
+    sync(session, "--all-packages", "--all-extras", *WITHOUT, "--group", "docs")
     session.run("mkdocs", "build", "--strict", "--quiet", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from smalti.core import distributed
 from smalti.core.contracts import Features
@@ -44,7 +43,7 @@ class Evaluation:
         title: of the report.
         summary: its first sentence.
         pairs: images beside their references.
-        code_counts: of each stream of tokens, how often each code occurs, int64 `(K,)`.
+        code_counts: of each stream of tokens, how often each of its K codes occurs.
         warnings: what makes the figures less than they seem.
     """
 
@@ -53,7 +52,7 @@ class Evaluation:
     title: str = ""
     summary: str = ""
     pairs: PairResults | None = None
-    code_counts: Sequence[Tensor] = ()
+    code_counts: Sequence[Sequence[int]] = ()
     warnings: list[str] = field(default_factory=list)
 
     def content(self) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def _charts(figures: dict[str, Figure], evaluation: Evaluation) -> str:
         drawn.append(chart("PSNR of the images", psnr_histogram(evaluation.pairs.psnr)))
     wide = ""
     if evaluation.code_counts:
-        wide = chart("Codes", code_frequencies([counts.numpy() for counts in evaluation.code_counts]))
+        wide = chart("Codes", code_frequencies([np.array(counts) for counts in evaluation.code_counts]))
     if not (drawn or wide):
         return ""
     return f'<section><h2>Charts</h2><div class="charts two">{"".join(drawn)}</div>{wide}</section>'

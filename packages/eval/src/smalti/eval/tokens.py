@@ -48,14 +48,14 @@ class TokenFigures(CodeFigures):
 
     Attributes:
         by_scale: figures of each scale; empty unless the layout is one of scales.
-        counts: how often each code of a stream occurs, int64 `(K,)`.
+        counts: how often each code of a stream occurs, K numbers.
         bits: of an image, when every code takes log2 K bits, with side information.
         entropy_bits: of an image, when codes take the entropy of their stream and scale, with side information.
         side_bits: side information alone.
     """
 
     by_scale: list[CodeFigures]
-    counts: list[Tensor]
+    counts: list[list[int]]
     bits: float
     entropy_bits: float
     side_bits: float
@@ -136,7 +136,7 @@ class TokenStatistics:
             perplexity=total.perplexity,
             entropy=total.entropy,
             by_scale=by_scale if self.layout.kind == "scales" else [],
-            counts=counts,
+            counts=[histogram.tolist() for histogram in counts],
             bits=self.layout.bits + self.side_bits,
             entropy_bits=coded + self.side_bits,
             side_bits=self.side_bits,
