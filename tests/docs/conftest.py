@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import pickle
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -75,12 +76,23 @@ def folder(path: Path, count: int = 6, classes: tuple[str, ...] = ("",)) -> None
         Image.fromarray(picture).save(place / f"{index:03d}.png")
 
 
+def cifar_batches(path: Path) -> None:
+    """CIFAR-10 as it is published, of four images in each batch."""
+    path.mkdir()
+    names = b"airplane automobile bird cat deer dog frog horse ship truck".split()
+    (path / "batches.meta").write_bytes(pickle.dumps({b"label_names": names}))
+    for batch in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
+        data = pictures(4, 32).transpose(0, 3, 1, 2).reshape(4, -1)
+        (path / batch).write_bytes(pickle.dumps({b"data": data, b"labels": [0, 1, 8, 9]}))
+
+
 # What a page may find in its folder, by the name under which its blocks speak of it.
 MAKERS: dict[str, Callable[[Path], None]] = {
     "photos": lambda path: folder(path, 12, ("cat", "dog")),
     "held-out": lambda path: folder(path, 6, ("cat", "dog")),
     "imagenet/val": lambda path: folder(path, 12),
     "reconstructed": lambda path: folder(path, 8),
+    "cifar-10-batches-py": cifar_batches,
     "photo.jpg": lambda path: Image.fromarray(pictures(1, 48)[0]).save(path),
     "samples.npz": lambda path: np.savez(path, arr_0=pictures(12, 64)),
     "VIRTUAL_imagenet256_labeled.npz": lambda path: np.savez(path, arr_0=pictures(13, 64)),

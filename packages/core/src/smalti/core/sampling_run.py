@@ -193,10 +193,11 @@ class SamplingRun:
         save_grid(self.folder / "grid.png", images, columns, scale=enlarged(images.shape[1]))
         # Under another name first: a process that is killed here must not leave the next one a part of them.
         spent = self.folder / f".chunks{TEMPORARY}"
-        if spent.exists():
+        with disk_errors(spent):
+            if spent.exists():
+                shutil.rmtree(spent)
+            (self.folder / "chunks").rename(spent)
             shutil.rmtree(spent)
-        (self.folder / "chunks").rename(spent)
-        shutil.rmtree(spent)
 
 
 def chosen_classes(wanted: Sequence[int | str], classes: int, names: Sequence[str] = ()) -> tuple[int, ...]:
