@@ -74,3 +74,12 @@ def test_without_the_quick_library_all_is_the_same(monkeypatch):
 def test_pixels_can_be_written_to():
     for content in (encoded(coloured(8, 8)), encoded(coloured(8, 8).convert("L"))):
         assert read_picture(content, 3).flags.writeable
+
+
+def test_a_picture_larger_than_pillow_takes_without_warning(monkeypatch):
+    content = io.BytesIO()
+    coloured(40, 30).save(content, "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr(Image, "_decompression_bomb_check", lambda size: None)  # warns, which tests take for an error
+    with pytest.raises(UndecodableImageError, match="it has 40 x 30 pixels, more than 1000"):
+        read_picture(content.getvalue(), 3)

@@ -203,6 +203,9 @@ def test_a_card_that_cannot_be_used(shard_folder):
     (folder / "dataset.json").write_text("{")
     with refused("dataset.json is damaged, expected the card of a dataset"):
         build(f"{folder}/*.tar")
+    (folder / "dataset.json").write_text(json.dumps({"name": "x", "classes": ["a"], "shards": {"a.tar": 10**30}}))
+    with refused("dataset.json cannot be used: shards.a.tar: Input should be less than or equal to"):
+        build(f"{folder}/*.tar")
 
 
 def test_classes_must_come_from_somewhere(shard_folder):

@@ -43,6 +43,9 @@ def read_picture(image: bytes, channels: int) -> Pixels:
     stream = io.BytesIO(image)
     try:
         with Image.open(stream) as file:
+            most = Image.MAX_IMAGE_PIXELS or file.width * file.height
+            if file.width * file.height > most:  # Pillow itself refuses those of twice as many
+                raise ValueError(f"it has {file.width} x {file.height} pixels, more than {most}")
             picture = _converted(file, channels)
     except Exception as error:
         told = str(error).replace(repr(stream), "")  # Pillow names it by its address

@@ -67,7 +67,7 @@ class DatasetCard(BaseModel):
 
     name: str
     classes: Annotated[tuple[str, ...], Field(min_length=1)]
-    shards: dict[str, int] = {}
+    shards: dict[str, Annotated[int, Field(ge=0, le=2**40)]] = {}
 
 
 class WebDataset(ImageDataset):
