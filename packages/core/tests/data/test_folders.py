@@ -151,6 +151,12 @@ def test_imagenets_flat_validation(write, name, content):
     assert dataset.classes == ("n01", "n02", "n03")
 
 
+def test_imagenets_flat_validation_alone(write):
+    root = write("val/v_1.JPEG")
+    with refused(f"{root} is not a folder with ImageNet_class_index.json or train/, which tell the classes of val/"):
+        ImageNetOptions(path=str(root), split="val").build()
+
+
 def test_imagenets_flat_validation_with_wrong_labels(write):
     root = write("train/n01/1.JPEG", "val/v_1.JPEG", "val/v_2.JPEG")
     options = ImageNetOptions(path=str(root), split="val")

@@ -71,6 +71,8 @@ class ImageNetOptions(DatasetOptions):
             dataset = by_class_folder("imagenet", folder, "a folder with one folder of images per class", synsets)
             dataset.classes = names or dataset.classes
             return dataset
+        if not synsets and not (root / "train").is_dir():
+            raise wrong_place(root, f"a folder with {CLASS_INDEX} or train/, which tell the classes of val/")
         synsets = synsets or class_folders(root / "train")
         files = images_below(folder)
         return ListedImages(
