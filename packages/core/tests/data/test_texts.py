@@ -70,7 +70,9 @@ def test_captions_of_lists_and_of_the_shards_made_of_them(tmp_path, make_png):
 
 def test_damaged_texts_name_their_image(memory_dataset):
     record = memory_dataset(1).items[0]
-    for damaged in (b"\xff\xfe", b"\x93NUMPY"):
+    vast = io.BytesIO()
+    np.save(vast, np.array([[1e300]]))
+    for damaged in (b"\xff\xfe", b"\x93NUMPY", vast.getvalue()):
         with pytest.raises(UserError, match=r"^the text of image 'k0' is damaged: "):
             text_of(record._replace(text=damaged))
     assert text_of(record) is None

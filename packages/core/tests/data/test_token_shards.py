@@ -153,6 +153,10 @@ def test_missing_and_damaged_shards(tmp_path):
             {"shards": ({"name": "tokens-000000.tar", "samples": 2},), "samples": 2},
             "tokens-000000.tar holds more samples than the 2 that layout.json says",
         ),
+        (
+            {"shards": ({"name": "tokens-000000.tar", "samples": 2**60},), "samples": 2**60},
+            f"layout.json tells of tokens ({2**60}, 2, 6, 2), more than fit into memory",
+        ),
         ({"views": ("original",)}, "holds tokens uint16 (2, 6, 2), layout.json asks for uint16 (1, 6, 2)"),
         (
             {"layout": TokenLayout.grid(2, 3, (3, 7))},

@@ -35,9 +35,10 @@ def text_of(record: Record) -> Text:
             array = parse_array(content)
             if array.dtype.kind == "c":
                 raise ValueError(f"its numbers are {array.dtype}")
-            features: NDArray[np.float32] = array.astype(np.float32)
+            with np.errstate(over="raise", invalid="raise"):
+                features: NDArray[np.float32] = array.astype(np.float32)
             return features
         return content.decode().strip()
-    except (ValueError, TypeError) as error:  # types that are no numbers
+    except (ValueError, TypeError, FloatingPointError) as error:  # no numbers, or none of float32
         place = f" in {record.text.path}" if isinstance(record.text, FilePart) else ""
         raise UserError(f"the text of image {record.key!r}{place} is damaged: {error}") from None

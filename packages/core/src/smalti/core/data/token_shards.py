@@ -162,7 +162,10 @@ def read_token_shards(folder: str | Path) -> TokenSet:
     if told != manifest.samples:
         raise UserError(f"{path} is damaged: it tells of {manifest.samples} samples, its shards of {told}")
     shape = (told, len(manifest.views), manifest.layout.positions, manifest.layout.streams)
-    tokens, labels = np.empty(shape, _type_for(manifest.layout)), np.empty(told, np.int64)
+    try:
+        tokens, labels = np.empty(shape, _type_for(manifest.layout)), np.empty(told, np.int64)
+    except (MemoryError, ValueError):
+        raise UserError(f"{path} tells of tokens {shape}, more than fit into memory") from None
     start = 0
     for entry in manifest.shards:
         part = slice(start, start + entry.samples)
