@@ -13,9 +13,10 @@ from smalti.core.data.loader import Batch
 from smalti.core.progress import Reporter
 from smalti.core.run_folder import RunFolder
 from smalti.core.testing.processes import run_in_processes
-from smalti.core.training.loop import Task, train
+from smalti.core.training.loop import train
 from smalti.core.training.options import Optimization, TokenizerTraining
 from smalti.core.training.sharding import whole
+from smalti.core.training.task import Task
 from smalti.core.training.tasks import TokenizerTask
 
 ADVERSARIAL = {

@@ -144,6 +144,12 @@ def test_the_best_distance_without_features(tokenizer, run):
     )
 
 
+@pytest.mark.parametrize("metric", ["rfid", "lpips"])
+def test_the_best_distance_is_the_lowest(metric):
+    with pytest.raises(ValidationError, match=f"{metric} is a distance, of which the best is the lowest: give prefer: lower"):
+        Validation.model_validate({"best": {"metric": metric}})
+
+
 def test_features_without_a_pool(tokenizer, run, monkeypatch):
     monkeypatch.setattr(Pixels, "forward", lambda _self, images: {"spatial": images.float()})
     with pytest.raises(UserError, match=r"^Pixels gives the features spatial; a Frechet distance needs pool$"):

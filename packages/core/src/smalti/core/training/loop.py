@@ -29,7 +29,6 @@ from smalti.core.training.ema import EMA
 from smalti.core.training.interruption import interruption
 from smalti.core.training.optimizer import build_optimizer, set_rates
 from smalti.core.training.options import Optimization
-from smalti.core.training.schedule import multiplier
 from smalti.core.training.sharding import (
     average_whole,
     clip,
@@ -40,10 +39,8 @@ from smalti.core.training.sharding import (
     whole,
 )
 from smalti.core.training.statistics import Statistics
-from smalti.core.training.task import Batches, Objective, Task
+from smalti.core.training.task import Batches, Task
 from smalti.core.training.trackers import Trackers, check_installed
-
-__all__ = ["Batches", "Objective", "Task", "micro_batch", "train"]
 
 
 def micro_batch(optimization: Optimization) -> int:
@@ -147,10 +144,6 @@ class _Loop:
             return torch.autocast(self.accelerator.device.type, torch.float16)
         context: AbstractContextManager[Any] = self.accelerator.autocast()
         return context
-
-    def _rate(self, name: str, step: int) -> float:
-        optimization = self.optimizations[name]
-        return optimization.learning_rate * multiplier(optimization, self._own_step(name, step))
 
     def _own_step(self, name: str, step: int) -> int:
         return max(step - self.task.first_steps.get(name, 0), 0)
@@ -313,7 +306,7 @@ class _Loop:
         parts = distributed.gather_objects((self.sums, self.summed))
         count = sum(summed for _, summed in parts)
         means = {name: sum(sums.get(name, 0.0) for sums, _ in parts) / count for name in self.sums}
-        rate = self._rate(next(iter(self.models)), self.step - 1)
+        rate = self.optimizers[self.main_name].param_groups[0]["lr"]
         line: dict[str, Any] = {"stage": self.stage, "step": self.step, "learning_rate": rate, **means, **findings}
         if self.skipped:
             line["skipped"] = self.skipped

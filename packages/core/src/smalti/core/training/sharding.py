@@ -58,7 +58,7 @@ def average_whole(gradients: Iterable[Tensor]) -> None:
     for gradient in gradients:
         if not isinstance(gradient, DTensor):
             dist.all_reduce(gradient)
-            gradient /= distributed.world_size()  # noqa: PLW2901
+            gradient.div_(distributed.world_size())
 
 
 def local(tensor: Tensor) -> Tensor:
