@@ -164,8 +164,7 @@ def test_configurations_that_cannot_be_built(saved):
     assert changed("encoder", "groups", 3).startswith(f"{path}: ")
     assert changed("encoder", "blocks", 10**12).startswith(f"{path}: it asks for a ")
     assert changed("encoder", "widths", [10**6, 10**6]).startswith(f"{path}: it asks for a ")
-    assert changed("decoder", "widths", [8, 10**15]).startswith(f"{path}: it asks for a tensor (")
-    assert changed("decoder", "widths", [8, 10**18]).startswith(f"no tokenizer can be built as {path} says: ")
+    assert changed("decoder", "widths", [8, 10**15]).startswith(f"no tokenizer can be built as {path} says: ")
 
 
 def test_no_memory_is_taken_for_a_tensor_far_larger_than_the_weights(recipe, tmp_path):

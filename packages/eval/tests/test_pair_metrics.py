@@ -137,7 +137,7 @@ def test_missing_weights(tmp_path, monkeypatch, present, sentence):
 
 
 def test_missing_weights_of_vgg(tmp_path):
-    with pytest.raises(UserError, match=r"^backbone: .*nothing.pth does not exist; expected the weights of VGG16 there, "):
+    with pytest.raises(UserError, match=r"^backbone: .*nothing.pth does not exist; expected the weights of VGG16 the"):
         build("lpips", network="vgg", backbone=tmp_path / "nothing.pth")
 
 

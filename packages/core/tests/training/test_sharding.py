@@ -110,6 +110,17 @@ def test_sharded_equals_data_parallel(tokenizer, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_sharded_autoencoder_equals_a_data_parallel_one(autoencoder, tmp_path):
+    results = {}
+    for sharding in ("none", "full"):
+        options = TokenizerTraining.model_validate(content(losses=[{"name": "l2"}], sharding=sharding))
+        results[sharding] = run_in_processes(trained_tokenizer, autoencoder(), options, str(tmp_path / sharding))[0]
+    assert results["full"][3] > 10
+    assert "divergence" in results["full"][2][-1]
+    assert_close(results["full"], results["none"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", [0.05, None])
 def test_two_sharded_then_one_then_two_sharded(tmp_path, clip):
     sharded = content(clip=clip, sharding="full", weight_decay=0.1)

@@ -7,7 +7,6 @@ step, rank), so that a run that was killed goes on as if it had not been.
 from __future__ import annotations
 
 import math
-import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -115,7 +114,6 @@ class _Loop:
         self.ema = EMA(self.main, decay, optimization.ema_warmup) if decay is not None else None
         self.trackers: Trackers | None = None
         self.step = 0
-        self.seconds = 0.0
         self.sums: dict[str, float] = {}
         self.summed = 0
         self.skipped = 0  # since the last line
@@ -155,7 +153,6 @@ class _Loop:
             settings = self.optimization.model_dump(mode="json")
             self.trackers = Trackers(self.optimization.trackers, self.context.run, self.stage, self.step, settings)
         reporter, total = self.context.reporter, self.optimization.steps
-        started = time.monotonic() - self.seconds
         due = False
         with (
             interruption() as interrupted,
@@ -164,7 +161,6 @@ class _Loop:
             while self.step < total:
                 self._update()
                 self.step += 1
-                self.seconds = time.monotonic() - started
                 advance(1, self._look())
                 stopping = bool(interrupted) and distributed.world_size() == 1
                 due = due or self.step % self.optimization.checkpoint_every == 0 or stopping
@@ -329,7 +325,6 @@ class _Loop:
         state = whole(
             {
                 "step": self.step,
-                "seconds": self.seconds,
                 "skipped": self.skipped,
                 "models": {name: model.state_dict() for name, model in self.task.models.items()},
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
@@ -364,7 +359,7 @@ class _Loop:
             ) from error
 
     def _take(self, state: dict[str, Any]) -> None:
-        self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
+        self.step, self.skipped = state["step"], state["skipped"]
         for name, model in self.task.models.items():
             load_model(model, state["models"][name])
             load_optimizer(self.optimizers[name], state["optimizers"][name])
