@@ -48,8 +48,9 @@ from smalti.core.layout import TokenLayout
 from smalti.core.options import Preprocessing
 from smalti.core.recipe import load_recipe
 from smalti.core.run_folder import RunFolder
-from smalti.core.training.loop import Task, train
+from smalti.core.training.loop import train
 from smalti.core.training.options import Optimization
+from smalti.core.training.task import Task
 from smalti.eval.evaluation_sides import opened_statistics
 from smalti.eval.image_source import stored_images
 from smalti.eval.protocols import Protocol

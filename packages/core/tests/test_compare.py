@@ -144,6 +144,11 @@ def test_a_variant_that_fails_leaves_the_others(run, table, content, tmp_path, m
             "autoencoder": {**networks, "width": 4},
             "train": {"tokenizer": None, "generator": None, "autoencoder": content["train"]["tokenizer"]},
         },
+        ready={
+            "summary": "",
+            "tokenizer": {"name": "published", "source": "toy", "preprocessing": networks["preprocessing"]},
+            "train": {"tokenizer": None},
+        },
     )
     measured = module._measured
 
@@ -155,8 +160,9 @@ def test_a_variant_that_fails_leaves_the_others(run, table, content, tmp_path, m
     assert done.exit_code == 1
     found = compared(tmp_path / "out")
     assert list(found["variants"]) == ["four", "two"]
-    assert list(found["failures"]) == ["wide", "continuous", "away", "broken"]
-    assert found["failures"]["continuous"] == "recipe continuous has no tokenizer, and nothing else is compared"
+    assert list(found["failures"]) == ["wide", "continuous", "ready", "away", "broken"]
+    assert found["failures"]["continuous"] == "recipe continuous trains no tokenizer, and nothing else is compared"
+    assert found["failures"]["ready"] == "recipe ready trains no tokenizer, and nothing else is compared"
     assert found["failures"]["wide"].startswith(f"recipe {path}:wide: tokenizer.quantizer.dim: ")
     assert found["failures"]["away"].startswith("no shard matches nowhere.tar: ")
     assert found["failures"]["broken"] == "ZeroDivisionError: division by zero"
@@ -223,6 +229,16 @@ def test_all_losses_are_timed_from_the_start(table, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         step_times({"two": recipe}, "cpu")
     assert (seen[0].adversarial.start, seen[0].adversarial.discriminator_start) == (0, 0)
+
+
+def test_frozen_parts_are_not_trained_for_the_time(table, monkeypatch):
+    seen = []
+    recipe = load_recipe(f"{table()}:two", ["train.tokenizer.freeze=[encoder]"])
+    monkeypatch.setattr(step_time, "TokenizerTask", lambda tokenizer, options: seen.append(tokenizer) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step_times({"two": recipe}, "cpu")
+    assert not any(weight.requires_grad for weight in seen[0].encoder.parameters())
+    assert all(weight.requires_grad for weight in seen[0].decoder.parameters())
 
 
 def test_rows_of_the_picture():

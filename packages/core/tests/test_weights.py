@@ -165,3 +165,13 @@ def test_configurations_that_cannot_be_built(saved):
     assert changed("encoder", "blocks", 10**12).startswith(f"{path}: it asks for a ")
     assert changed("encoder", "widths", [10**6, 10**6]).startswith(f"{path}: it asks for a ")
     assert changed("decoder", "widths", [8, 10**15]).startswith(f"no tokenizer can be built as {path} says: ")
+
+
+def test_no_memory_is_taken_for_a_tensor_far_larger_than_the_weights(recipe, tmp_path):
+    generator = load_recipe(recipe).generator.build(TokenLayout.sequence(6, (16,)), 3)
+    generator.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"classes": 10**6}))
+    assert told(Generator, tmp_path) == (
+        f"{path}: it asks for a tensor (1000000, 6, 16) far beyond what the weights beside it fill"
+    )

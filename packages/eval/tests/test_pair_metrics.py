@@ -136,6 +136,11 @@ def test_missing_weights(tmp_path, monkeypatch, present, sentence):
     )
 
 
+def test_missing_weights_of_vgg(tmp_path):
+    with pytest.raises(UserError, match=r"^backbone: .*nothing.pth does not exist; expected the weights of VGG16 the"):
+        build("lpips", network="vgg", backbone=tmp_path / "nothing.pth")
+
+
 def test_means_are_gathered_in_any_order():
     noisy, images = pairs()
     metric = build("psnr")

@@ -37,6 +37,20 @@ def tokenizer():
     return tokenizer
 
 
+@pytest.fixture
+def autoencoder(tokenizer):
+    """Autoencoders of the networks of `tokenizer`."""
+
+    def autoencoder():
+        parts = tokenizer().config()["options"]
+        options = registry().options("autoencoder", "composed")
+        networks = {name: parts[name] for name in ("preprocessing", "encoder", "decoder")}
+        torch.manual_seed(0)
+        return options.model_validate({**networks, "width": 4}).build()
+
+    return autoencoder
+
+
 @pytest.fixture(scope="session")
 def lpips_file(tmp_path_factory):
     """Seeded weights of VGG16 and heads, in the layout of LPIPS."""

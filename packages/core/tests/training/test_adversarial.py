@@ -87,6 +87,8 @@ def test_the_last_layer_is_found(tokenizer):
     assert found is list(student.decoder.layers)[-2].weight
     student.decoder.last_weight = student.decoder.layers[0].weight
     assert last_weight(student) is student.decoder.layers[0].weight
+    student.decoder.last_weight.requires_grad_(False)
+    assert last_weight(student) is found
     del student.decoder.last_weight
     student.decoder.requires_grad_(False)
     with pytest.raises(UserError, match=r"^adaptive: no layer of the decoder learns"):

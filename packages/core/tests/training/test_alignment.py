@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "toy"))
 from toy_training import pairs, shared_loss
 
 from smalti.core.errors import UserError
+from smalti.core.layout import TokenLayout
 from smalti.core.losses.alignment import AlignmentOptions
 from smalti.core.losses.contrastive import contrastive
 from smalti.core.losses.dependency import DependencyOptions
@@ -155,6 +156,13 @@ def test_the_head_predicts_the_class_token(alignment, output):
     value.backward()
     assert all(parameter.grad is not None for parameter in loss.parameters())
     assert bool(latent.grad.any())
+
+
+def test_the_head_reads_the_latent_of_scales(alignment, tokenizer, monkeypatch):
+    scales = TokenLayout.scales(((1, 1), (2, 2)), (16,))
+    monkeypatch.setattr(type(tokenizer()), "layout", lambda self: scales)
+    loss, _ = alignment(student="head", projection="none")
+    assert loss.predicted(torch.randn(4, 2, 2, 4)).shape == (4, 1, 64)
 
 
 def test_positions_are_compared_one_by_one(alignment, output, teacher):

@@ -14,8 +14,9 @@ from smalti.core.progress import Reporter
 from smalti.core.run_folder import RunFolder
 from smalti.core.testing.processes import run_in_processes
 from smalti.core.training.checkpoint import own_state
-from smalti.core.training.loop import Task, micro_batch, train
+from smalti.core.training.loop import micro_batch, train
 from smalti.core.training.options import Optimization
+from smalti.core.training.task import Task
 from smalti.core.training.token_health import TokenHealth
 
 IMAGES = 30

@@ -86,6 +86,13 @@ def test_patchgan_starts_as_asked():
         PatchGANOptions(width=24, norm="group")
 
 
+def test_patchgan_takes_images_of_three_patches_and_more():
+    module = PatchGANOptions(width=16, layers=2).build(1)
+    assert module(torch.rand(2, 1, 12, 13)).shape == (2, 1, 1, 1)
+    with pytest.raises(UserError, match=r"^patchgan with layers: 2 takes images of 12x12 and more, got 12x11$"):
+        module(torch.rand(2, 1, 12, 11))
+
+
 def test_stylegan_is_for_one_size_and_has_the_published_widths():
     module = StyleGANOptions(image_size=256).build(3)
     assert [block.main[0].in_channels for block in module.blocks] == [128, 256, 512, 512, 512, 512]
@@ -154,6 +161,23 @@ def test_dino_cuts_large_images_out_in_training_only(vit_file):
     assert all(any(torch.equal(one, window) for window in windows) for one in cut)
     module.eval()
     assert torch.equal(module._fitted(image), torch.nn.functional.interpolate(image, (32, 32), mode="area"))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"depths": (2, 4)}, r"^dino: depth 4 is beyond the 3 blocks of .*vit.safetensors$"),
+        ({"kernel": 35}, r"^dino: a kernel of 35 is too long for 16 patches; give a larger image_size$"),
+    ],
+)
+def test_what_dino_does_not_have(vit_file, options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        DINODiscriminatorOptions(**{"source": str(vit_file), "image_size": 32, "depths": (3,), **options}).build(3)
+
+
+def test_an_even_kernel_of_dino():
+    with pytest.raises(ValidationError, match="kernel must be odd, got 8"):
+        DINODiscriminatorOptions(kernel=8)
 
 
 def test_missing_weights_of_dino_are_named():

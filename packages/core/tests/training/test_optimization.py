@@ -123,3 +123,9 @@ def test_averages_follow_their_decays(warmup):
 def test_a_ramp():
     ramp = Ramp(start=1.0, end=0.01, steps=100)
     assert [ramp(step) for step in (0, 50, 100, 1000)] == pytest.approx([1.0, 0.505, 0.01, 0.01])
+
+
+@pytest.mark.parametrize(("betas", "place"), [([0.9, 1.0], "betas.1"), ([-0.1, 0.95], "betas.0")])
+def test_betas_that_no_optimizer_takes(betas, place):
+    with pytest.raises(ValidationError, match=place):
+        options(betas=betas)

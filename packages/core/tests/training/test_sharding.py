@@ -13,9 +13,10 @@ from smalti.core.data.loader import Batch
 from smalti.core.progress import Reporter
 from smalti.core.run_folder import RunFolder
 from smalti.core.testing.processes import run_in_processes
-from smalti.core.training.loop import Task, train
+from smalti.core.training.loop import train
 from smalti.core.training.options import Optimization, TokenizerTraining
 from smalti.core.training.sharding import whole
+from smalti.core.training.task import Task
 from smalti.core.training.tasks import TokenizerTask
 
 ADVERSARIAL = {
@@ -105,6 +106,17 @@ def test_sharded_equals_data_parallel(tokenizer, tmp_path):
     assert results["none"][3] == 0
     assert results["full"][3] > 10
     assert "adversarial" in results["full"][2][-1]
+    assert_close(results["full"], results["none"])
+
+
+@pytest.mark.slow
+def test_a_sharded_autoencoder_equals_a_data_parallel_one(autoencoder, tmp_path):
+    results = {}
+    for sharding in ("none", "full"):
+        options = TokenizerTraining.model_validate(content(losses=[{"name": "l2"}], sharding=sharding))
+        results[sharding] = run_in_processes(trained_tokenizer, autoencoder(), options, str(tmp_path / sharding))[0]
+    assert results["full"][3] > 10
+    assert "divergence" in results["full"][2][-1]
     assert_close(results["full"], results["none"])
 
 

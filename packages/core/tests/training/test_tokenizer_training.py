@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "toy"))
 
@@ -216,6 +217,14 @@ def test_ramps_scale_the_quantizers_terms(tokenizer):
     torch.testing.assert_close(terms[1]["l2"], terms[0]["l2"])
 
 
+def test_a_ramp_of_no_term(tokenizer):
+    task = TokenizerTask(tokenizer().train(), training(ramps={"entropy": {"end": 0.5, "steps": 10}}))
+    with pytest.raises(UserError) as told:
+        next(task.objectives(task.models, next(Images()), 0))
+    sentence = "train.tokenizer.ramps: the tokenizer gives no term 'entropy', it gives commitment"
+    assert str(told.value) == sentence
+
+
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 6), st.integers(2, 9), st.integers(1, 4))
 def test_perturbed_takes_the_code_of_its_rank(tokens, size, width):
@@ -258,6 +267,11 @@ def test_perturbation_anneals(tokenizer):
         ratios.append(perturbation.ratio)
     assert ratios == [1.0, 1.0, 0.75, 0.5, 0.5]
     assert LatentPerturbation(Perturbation(neighbours=10), tokenizer()).ratio == 1.0
+
+
+def test_perturbation_that_anneals_backwards():
+    with pytest.raises(ValidationError, match="anneal_to must not be before anneal_from, got 0 and 10"):
+        Perturbation(anneal_from=10)
 
 
 def test_perturbation_says_what_it_cannot_perturb(tokenizer, monkeypatch):

@@ -144,6 +144,12 @@ def test_the_best_distance_without_features(tokenizer, run):
     )
 
 
+@pytest.mark.parametrize("metric", ["rfid", "lpips"])
+def test_the_best_distance_is_the_lowest(metric):
+    with pytest.raises(ValidationError, match=f"{metric} is a distance, .*: give prefer: lower"):
+        Validation.model_validate({"best": {"metric": metric}})
+
+
 def test_features_without_a_pool(tokenizer, run, monkeypatch):
     monkeypatch.setattr(Pixels, "forward", lambda _self, images: {"spatial": images.float()})
     with pytest.raises(UserError, match=r"^Pixels gives the features spatial; a Frechet distance needs pool$"):
@@ -175,19 +181,22 @@ def looked(rank, model, other, folder, sharded):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
-def test_two_processes_find_what_one_finds(tokenizer, run, sharded):
-    other = tokenizer()
+@pytest.mark.parametrize("kind", ["tokenizer", "autoencoder"])
+def test_two_processes_find_what_one_finds(request, run, kind, sharded):
+    model = request.getfixturevalue(kind)
+    other = model()
     with torch.no_grad():
         for weight in other.parameters():
             weight.add_(0.1)
     folder = run.path.parent / "two"
-    arguments = (tokenizer().eval(), other.state_dict(), str(folder), sharded)
+    arguments = (model().eval(), other.state_dict(), str(folder), sharded)
     first, second = run_in_processes(looked, *arguments)
-    expected = looked(0, tokenizer().eval(), other.state_dict(), str(run.path), sharded=False)
+    expected = looked(0, model().eval(), other.state_dict(), str(run.path), sharded=False)
     assert (first[3], second[3], expected[3]) == (2, 3, 5)
     assert first[:3] == second[:3] == expected[:3]
     assert expected[0]["weights"] == expected[1]["weights"] != expected[0]["ema"]
-    for name in ("images/test-00000002.png", "tokenizer-best/model.safetensors", "tokenizer-best/ema.safetensors"):
+    best = (f"{kind}-best/{name}.safetensors" for name in ("model", "ema"))
+    for name in ("images/test-00000002.png", *best):
         assert (folder / name).read_bytes() == (run / name).read_bytes()
 
 

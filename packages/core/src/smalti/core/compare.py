@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from smalti.core import distributed
 from smalti.core.codebook_health import LARGEST_HISTOGRAM, QUEUE, CodebookHealth
 from smalti.core.contracts import PairMetric, Tokenizer
 from smalti.core.data.images import to_uint8
@@ -118,13 +119,14 @@ def compare(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("compare works in one process: start it without torchrun")
+    distributed.initialise(device)
     attempts = _Attempts(reporter)
     recipes: dict[str, Recipe] = {}
     for name in names:
         with attempts.of(name):
             recipe = load_recipe(f"{table}:{name}", overrides)
-            if recipe.tokenizer is None:
-                raise UserError(f"recipe {name} has no tokenizer, and nothing else is compared")
+            if recipe.train.tokenizer is None:
+                raise UserError(f"recipe {name} trains no tokenizer, and nothing else is compared")
             recipes[name] = recipe
     if not recipes:
         raise UserError(attempts.failures[names[0]])

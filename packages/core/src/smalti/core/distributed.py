@@ -12,7 +12,12 @@ T = TypeVar("T")
 
 
 def initialise(device: str) -> None:
-    """Join the process group that `torchrun` describes in the environment, if any (gloo on the CPU)."""
+    """Make `device` the current one, and join the process group that `torchrun` describes in the environment, if any.
+
+    Collectives are NCCL's on CUDA, gloo's on the CPU.
+    """
+    if device.startswith("cuda:"):  # what names no index goes there: accelerate, NCCL, Triton
+        torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
 

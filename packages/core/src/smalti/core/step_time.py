@@ -25,6 +25,7 @@ from smalti.core.progress import Reporter
 from smalti.core.recipe import Recipe
 from smalti.core.run_folder import RunFolder
 from smalti.core.stage import Context
+from smalti.core.training.freeze import freeze
 from smalti.core.training.loop import micro_batch, train
 from smalti.core.training.options import TokenizerTraining
 from smalti.core.training.tasks import TokenizerTask
@@ -71,6 +72,7 @@ def _timed(recipe: Recipe, device: str, now: Callable[[], float]) -> list[float]
     options = _from_the_start(recipe.train.tokenizer)
     torch.manual_seed(mixed_seed(recipe.seed, STAGE, "weights"))
     tokenizer = recipe.tokenizer.build()
+    freeze(tokenizer, options.freeze)
     size, channels = tokenizer.preprocessing.image_size, tokenizer.preprocessing.channels
     images = torch.rand(micro_batch(options), channels, size, size) * 2 - 1
     labels = torch.zeros(len(images), dtype=torch.int64)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from smalti.core.errors import UserError, few
 from smalti.core.files import read_json, write_bytes, write_json
@@ -24,8 +25,10 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 EMA_WEIGHTS = "ema.safetensors"
 
-# What building may make for each value in a file, where some are shared or made twice; and what any small model may.
-ROOM, SMALL = 4, 1 << 20
+# What building may make for each value in a file, where some are shared or made twice; what any small model may; and
+# what a single tensor may hold in any case, for it need not be of weights.
+ROOM, SMALL, TABLE = 4, 1 << 20, 1 << 26
+MADE_BY_SIZE = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.eye)
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -83,7 +86,8 @@ class Pretrained:
             revision: of the hub repository, where `name` is one.
 
         Raises:
-            UserError: nothing there, a damaged file, weights that do not belong to the configuration.
+            UserError: nothing there, a damaged file, weights that do not belong to the configuration, or one that asks
+                for far more than they fill.
         """
         folder = Path(name)
         if not folder.is_dir():
@@ -106,7 +110,8 @@ class Pretrained:
     @classmethod
     def _built(cls, config: Mapping[str, Any], where: Path, values: int) -> Self:
         try:
-            with _at_most(ROOM * values + SMALL):
+            most = ROOM * values + SMALL
+            with _NoLargerTensor(max(most, TABLE)), _at_most(most):
                 return cls.from_config(config)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
@@ -167,6 +172,26 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except Exception as error:  # noqa: BLE001  # beside its own, errors of types and sizes that torch lacks
         raise UserError(f"{path} is damaged or not a safetensors file: {_first_line(error)}") from None
+
+
+class _NoLargerTensor(TorchFunctionMode):
+    """Tensors that are made meanwhile may have so many values: a larger one is refused before memory is taken."""
+
+    def __init__(self, values: int) -> None:
+        super().__init__()
+        self.values = values
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in MADE_BY_SIZE:
+            # On the meta device a tensor has a size and no values.
+            given = {name: value for name, value in kwargs.items() if name not in ("device", "generator")}
+            tried = function(*args, **given, device="meta")
+            if tried.numel() > self.values:
+                raise UserError(f"it asks for a tensor {tuple(tried.shape)} far beyond what the weights beside it fill")
+        return function(*args, **kwargs)
 
 
 @contextmanager

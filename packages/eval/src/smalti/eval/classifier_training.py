@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from smalti.core.data.images import to_uint8
-from smalti.core.training.loop import Objective, Task
-from smalti.core.training.options import Optimization
+from smalti.core.training.options import Beta, Optimization
+from smalti.core.training.task import Objective, Task
 from smalti.eval.classifier import Classifier
 
 NAME = "classifier"
@@ -35,7 +35,7 @@ class ClassifierTraining(Optimization):
     steps: Annotated[int, Field(ge=1)] = 2200
     batch_size: Annotated[int, Field(ge=1)] = 64
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: Annotated[float, Field(ge=0)] = 0.02
     warmup_steps: Annotated[int, Field(ge=0)] = 40
     clip: Annotated[float, Field(gt=0)] | None = None

@@ -11,11 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from smalti.core.checkpoints.file import read_checkpoint
 from smalti.core.errors import UserError
 from smalti.core.losses.lpips import LPIPSDistance, heads_file
-from smalti.core.losses.vgg import TappedLayers, load_vgg16, torchvision_names
-from smalti.core.losses.weight_files import fill, weight_file
+from smalti.core.losses.vgg import TappedLayers, load_vgg16, with_weights
 from smalti.eval.pairwise import unit_range
 
 Network = Literal["alex", "vgg"]
@@ -41,18 +39,6 @@ class AlexNet(TappedLayers):
         super().__init__(layers, taps)
 
 
-def load_alexnet(given: Path | None) -> AlexNet:
-    """The network with the weights of ImageNet, from torchvision's file or one in the layout of LPIPS.
-
-    Raises:
-        UserError: there is no such file, or another one.
-    """
-    path = weight_file(given, option="backbone", what="AlexNet", url=ALEXNET_URL)
-    network = AlexNet()
-    fill(network, torchvision_names(read_checkpoint(path)), path)
-    return network
-
-
 class LPIPS:
     """The distance of each image from its reference, 0 for equal images.
 
@@ -71,9 +57,10 @@ class LPIPS:
 
     def __init__(self, network: Network, backbone: Path | None = None, heads: Path | None = None) -> None:
         if network == "alex":
-            distance = LPIPSDistance(load_alexnet(backbone), ALEXNET_WIDTHS)
+            layers = with_weights(AlexNet(), backbone, option="backbone", url=ALEXNET_URL)
+            distance = LPIPSDistance(layers, ALEXNET_WIDTHS)
         else:
-            distance = LPIPSDistance(load_vgg16(backbone))
+            distance = LPIPSDistance(load_vgg16(backbone, option="backbone"))
         self.distance = distance.load_heads(heads_file(heads, network)).requires_grad_(False).eval()
         name = {"alex": "AlexNet", "vgg": "VGG16"}[network]
         self.definition = (

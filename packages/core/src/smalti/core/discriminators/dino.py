@@ -6,14 +6,15 @@ Legend: B batch, C image channels, H W pixels, D width of DINO, N patches, R rea
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from smalti.core.errors import UserError
 from smalti.core.options import DiscriminatorOptions
 from smalti.core.training.frozen import Frozen
 from smalti.core.training.frozen_vit import load_frozen_vit
@@ -29,7 +30,7 @@ class DINODiscriminatorOptions(DiscriminatorOptions):
         source: weights of DINO ViT-S/16: a timm name, a hub repository or a path.
         image_size: side of the images that DINO sees, in pixels.
         depths: numbers of blocks after which features are read; they are always read before the first, too.
-        kernel: of the convolution along the patches in every head.
+        kernel: of the convolution along the patches in every head, odd.
         norm_group: samples that a head normalises together.
     """
 
@@ -40,11 +41,17 @@ class DINODiscriminatorOptions(DiscriminatorOptions):
     kernel: Annotated[int, Field(ge=1)] = 9
     norm_group: Annotated[int, Field(ge=1)] = 8
 
+    @model_validator(mode="after")
+    def _odd_kernel(self) -> Self:
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd, got {self.kernel}")
+        return self
+
     def build(self, channels: int) -> DINODiscriminator:
         """Build it; it takes images of 1 or 3 channels.
 
         Raises:
-            UserError: the weights of DINO cannot be had.
+            UserError: the weights of DINO cannot be had, or it has fewer blocks or patches than the options ask for.
         """
         del channels
         return DINODiscriminator(self)
@@ -61,6 +68,13 @@ class DINODiscriminator(nn.Module):
         self.options = options
         network = load_frozen_vit(options.source, image_size=options.image_size, activation="gelu-tanh")
         self.depths = (0, *sorted(set(options.depths)))
+        blocks, patches = len(network.blocks), network.grid**2
+        if max(self.depths) > blocks:
+            raise UserError(f"dino: depth {max(self.depths)} is beyond the {blocks} blocks of {options.source}")
+        if options.kernel // 2 > patches:
+            raise UserError(
+                f"dino: a kernel of {options.kernel} is too long for {patches} patches; give a larger image_size"
+            )
         self.network = Frozen(network)
         self.heads = nn.ModuleList(
             PatchHead(network.width, options.kernel, options.norm_group) for _ in range(len(self.depths))

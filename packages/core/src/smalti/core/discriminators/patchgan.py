@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from smalti.core.errors import UserError
 from smalti.core.options import DiscriminatorOptions
 
 GROUPS = 32
@@ -71,7 +72,18 @@ class PatchGAN(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Judge the images."""
+        """Judge the images.
+
+        Raises:
+            UserError: they are too small.
+        """
+        height, width = images.shape[2:]
+        smallest = 3 * 2**self.options.layers
+        if min(height, width) < smallest:
+            raise UserError(
+                f"patchgan with layers: {self.options.layers} takes images of {smallest}x{smallest} and more, "
+                f"got {height}x{width}"
+            )
         logits: Tensor = self.blocks(images)
         return logits
 

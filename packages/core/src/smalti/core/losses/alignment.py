@@ -5,24 +5,21 @@ Legend: B batch, N latent positions, d width of the aligned branch, T width of t
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from smalti.core.backbones.positioned_transformer import PositionedTransformer
 from smalti.core.contracts import Tokenizer
 from smalti.core.errors import UserError
+from smalti.core.feature_prediction import FeatureHead, FeatureHeadOptions
 from smalti.core.losses.branches import Branches, branch_latent, branch_width
 from smalti.core.losses.contrastive import contrastive, gathered
 from smalti.core.losses.loss import Loss, Model, Reconstruction
 from smalti.core.losses.teacher import TeacherOptions
 from smalti.core.options import LossOptions
-
-HEAD_DEPTH = 3
-HEAD_HEADS = 8
 
 
 class AlignmentOptions(LossOptions):
@@ -106,7 +103,8 @@ class Alignment(Loss):
         width = branch_width(model, options.branches)
         assert isinstance(model, Tokenizer), "nothing else has a quantizer"
         if options.student == "head":
-            self.student = PredictionHead(model.layout().positions, width, teacher)
+            head = FeatureHeadOptions(first=0, channels=width, width=teacher)
+            self.student = FeatureHead(head, math.prod(model.layout().shape[-1]))
         elif options.projection == "linear":
             self.student = nn.Linear(width, teacher)
         elif options.projection == "tokenizer":
@@ -126,7 +124,7 @@ class Alignment(Loss):
         if self.options.student == "mean":
             latent = latent.mean(1, keepdim=True)
         features: Tensor = self.student(latent)
-        return features
+        return features[:, :1] if self.options.student == "head" else features
 
     def wanted(self, images: Tensor) -> Tensor:
         """The teacher's features of images, `(B, 1, T or d)`, or `(B, N, T or d)` of positions."""
@@ -158,23 +156,6 @@ class Alignment(Loss):
         if options.final_scale is None:
             return options.scale
         return options.scale + min(step / options.scale_steps, 1.0) * (options.final_scale - options.scale)
-
-
-class PredictionHead(nn.Module):
-    """A transformer that predicts a teacher's class token from a branch of codes (FQGAN)."""
-
-    def __init__(self, positions: int, width: int, teacher: int) -> None:
-        super().__init__()
-        self.widen = nn.Sequential(nn.Linear(width, teacher), nn.ReLU(), nn.Linear(teacher, teacher))
-        self.class_token = nn.Parameter(teacher**-0.5 * torch.randn(1, teacher))
-        self.transformer = PositionedTransformer(positions + 1, teacher, depth=HEAD_DEPTH, heads=HEAD_HEADS)
-
-    def forward(self, latent: Tensor) -> Tensor:
-        """`(B, N, d)` to `(B, 1, T)`."""
-        tokens = self.widen(latent)
-        tokens = torch.cat([self.class_token.expand(len(tokens), 1, -1), tokens], dim=1)
-        read: Tensor = self.transformer(tokens)
-        return read[:, :1]
 
 
 def _projection_to_codes(tokenizer: Tokenizer, inputs: int, outputs: int) -> nn.Module:

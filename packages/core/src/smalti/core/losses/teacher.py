@@ -15,7 +15,7 @@ from smalti.core.backbones.vit_block import Activation
 from smalti.core.options import Options
 from smalti.core.training.frozen import Frozen
 from smalti.core.training.frozen_vit import load_frozen_vit
-from smalti.core.training.network_images import Normalisation, Statistics
+from smalti.core.training.network_images import Normalisation, StatisticsOf
 
 
 class TeacherOptions(Options):
@@ -38,7 +38,7 @@ class TeacherOptions(Options):
     image_size: Annotated[int, Field(ge=1)] = 224
     patch_size: Annotated[int, Field(ge=1)] | None = None
     resize: Literal["nearest", "bilinear"] = "bilinear"
-    statistics: Statistics = "imagenet"
+    statistics: StatisticsOf = "imagenet"
     feature: Literal["class", "patches"] = "class"
     final_norm: bool = True
     activation: Activation = "gelu"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ DEPTHS = (2, 2, 3, 3, 3)
 # LPIPS normalises images in [-1, 1] by the statistics of ImageNet, rounded.
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
+
+Network = TypeVar("Network", bound="TappedLayers")
 
 
 class TappedLayers(nn.Module):
@@ -68,19 +71,29 @@ class VGG16(TappedLayers):
         super().__init__(layers, taps)
 
 
-def load_vgg16(given: Path | None) -> VGG16:
-    """The network with the weights of ImageNet, from torchvision's file or one in the layout of LPIPS.
+def load_vgg16(given: Path | None, *, option: str = "vgg") -> VGG16:
+    """The network with the weights of ImageNet, see `with_weights`."""
+    return with_weights(VGG16(), given, option=option, url=URL)
+
+
+def with_weights(network: Network, given: Path | None, *, option: str, url: str) -> Network:
+    """A network with weights from torchvision's file or one in the layout of LPIPS.
+
+    Args:
+        network: to be filled, in place.
+        given: a file, None looks for that of `url` in torch hub's cache.
+        option: the option that gives the file, for errors.
+        url: where torchvision publishes it.
 
     Raises:
         UserError: there is no such file, or another one.
     """
-    path = weight_file(given, option="vgg", what="VGG16", url=URL)
-    network = VGG16()
-    fill(network, torchvision_names(read_checkpoint(path)), path)
+    path = weight_file(given, option=option, what=type(network).__name__, url=url)
+    fill(network, _torchvision_names(read_checkpoint(path)), path)
     return network
 
 
-def torchvision_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _torchvision_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The names of LPIPS, `net.slice1.0.weight`, as torchvision's, `features.0.weight`; those stay."""
     found = {}
     for name, tensor in tensors.items():

@@ -48,6 +48,9 @@ def fit(stage: Stage, model: Tokenizer | Autoencoder, options: TokenizerTraining
         stage: names the checkpoint.
         model: as the recipe describes it.
         options: how.
+
+    Raises:
+        UserError: weights, parts, data or losses that cannot be had or do not fit; what `train` raises.
     """
     context, recipe = stage.context, stage.context.recipe
     if options.start is not None and not (context.run.state / f"{stage.name}.pt").exists():

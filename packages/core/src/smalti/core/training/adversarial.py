@@ -78,14 +78,14 @@ def adaptive_weight(reference: Tensor, adversarial: Tensor, weight: Tensor, limi
 
 
 def last_weight(tokenizer: nn.Module) -> nn.Parameter:
-    """The weight of the decoder's last layer: its `last_weight`, or the last one of two axes or more that learns.
+    """The weight of the decoder's last layer that learns: its `last_weight`, or the last one of two axes or more.
 
     Raises:
         UserError: nothing in the decoder learns.
     """
     decoder = getattr(tokenizer, "decoder", tokenizer)
     named = getattr(decoder, "last_weight", None)
-    if isinstance(named, nn.Parameter):
+    if isinstance(named, nn.Parameter) and named.requires_grad:
         return named
     weights = [weight for weight in decoder.parameters() if weight.requires_grad and weight.ndim >= 2]
     if not weights:
@@ -173,8 +173,6 @@ class Adversary:
             terms["lecam"] = self.lecam.options.weight * self.lecam(real, generated)
         if options.r1 is not None:
             terms["r1"] = options.r1 * gradient_penalty(real, images, self.loss_scale)
-        if options.discriminator_weight == 1.0:
-            return terms
         return {name: options.discriminator_weight * term for name, term in terms.items()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -44,9 +44,10 @@ def blurred(images: Tensor, strength: float) -> Tensor:
 
 
 def translated(images: Tensor) -> Tensor:
-    """Every image moved by up to an eighth of its sides, black coming in."""
+    """Every image moved by up to an eighth of its sides; what comes in is grey, 0."""
     batch, _, height, width = images.shape
-    down, across = (_integers(batch, -limit, limit, images) for limit in _limits(height, width))
+    limits = (round(TRANSLATION * side) for side in (height, width))
+    down, across = (_integers(batch, -limit, limit, images) for limit in limits)
     rows = torch.arange(height, device=images.device)[None] - down[:, None]
     columns = torch.arange(width, device=images.device)[None] - across[:, None]
     inside = _inside(rows, height)[:, None, :, None] & _inside(columns, width)[:, None, None, :]
@@ -69,18 +70,14 @@ def coloured(images: Tensor) -> Tensor:
 def cut_out(images: Tensor) -> Tensor:
     """Every image with a square of a fifth of its sides set to 0, somewhere, perhaps partly outside."""
     batch, _, height, width = images.shape
-    kept = []
+    struck = []
     for side in (height, width):
         size = round(CUTOUT * side)
         first = _integers(batch, -size + 1, side - 1, images)
         places = torch.arange(side, device=images.device)[None] - first[:, None]
-        kept.append((places >= 0) & (places < size))
-    hole = kept[0][:, None, :, None] & kept[1][:, None, None, :]
+        struck.append(_inside(places, size))
+    hole = struck[0][:, None, :, None] & struck[1][:, None, None, :]
     return images * ~hole
-
-
-def _limits(height: int, width: int) -> tuple[int, int]:
-    return round(TRANSLATION * height), round(TRANSLATION * width)
 
 
 def _integers(batch: int, low: int, high: int, like: Tensor) -> Tensor:

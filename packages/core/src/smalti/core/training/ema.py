@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from smalti.core.training.sharding import divided, local
 
@@ -67,15 +68,12 @@ class EMA:
         for average, tensors, name in self._copied:
             average.copy_(tensors[name])
 
-    def state_dict(self) -> dict[str, int | dict[str, Tensor]]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on."""
         return {"updates": self.updates, "weights": self.weights}
 
-    def load_state_dict(self, state: dict[str, int | dict[str, Tensor]]) -> None:
-        """Go on from `state_dict()`."""
-        updates, weights = state["updates"], state["weights"]
-        assert isinstance(updates, int)
-        assert isinstance(weights, dict)
-        self.updates = updates
-        for name, tensor in weights.items():
-            self.weights[name].copy_(divided(tensor, self.weights[name]))
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`, with whole tensors."""
+        self.updates = int(state["updates"])
+        for name, average in self.weights.items():
+            average.copy_(divided(state["weights"][name], average))

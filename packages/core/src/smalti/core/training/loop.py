@@ -7,7 +7,6 @@ step, rank), so that a run that was killed goes on as if it had not been.
 from __future__ import annotations
 
 import math
-import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from smalti.core.training.ema import EMA
 from smalti.core.training.interruption import interruption
 from smalti.core.training.optimizer import build_optimizer, set_rates
 from smalti.core.training.options import Optimization
-from smalti.core.training.schedule import multiplier
 from smalti.core.training.sharding import (
     average_whole,
     clip,
@@ -40,10 +38,8 @@ from smalti.core.training.sharding import (
     whole,
 )
 from smalti.core.training.statistics import Statistics
-from smalti.core.training.task import Batches, Objective, Task
+from smalti.core.training.task import Batches, Task
 from smalti.core.training.trackers import Trackers, check_installed
-
-__all__ = ["Batches", "Objective", "Task", "micro_batch", "train"]
 
 
 def micro_batch(optimization: Optimization) -> int:
@@ -118,7 +114,6 @@ class _Loop:
         self.ema = EMA(self.main, decay, optimization.ema_warmup) if decay is not None else None
         self.trackers: Trackers | None = None
         self.step = 0
-        self.seconds = 0.0
         self.sums: dict[str, float] = {}
         self.summed = 0
         self.skipped = 0  # since the last line
@@ -148,10 +143,6 @@ class _Loop:
         context: AbstractContextManager[Any] = self.accelerator.autocast()
         return context
 
-    def _rate(self, name: str, step: int) -> float:
-        optimization = self.optimizations[name]
-        return optimization.learning_rate * multiplier(optimization, self._own_step(name, step))
-
     def _own_step(self, name: str, step: int) -> int:
         return max(step - self.task.first_steps.get(name, 0), 0)
 
@@ -162,7 +153,6 @@ class _Loop:
             settings = self.optimization.model_dump(mode="json")
             self.trackers = Trackers(self.optimization.trackers, self.context.run, self.stage, self.step, settings)
         reporter, total = self.context.reporter, self.optimization.steps
-        started = time.monotonic() - self.seconds
         due = False
         with (
             interruption() as interrupted,
@@ -171,7 +161,6 @@ class _Loop:
             while self.step < total:
                 self._update()
                 self.step += 1
-                self.seconds = time.monotonic() - started
                 advance(1, self._look())
                 stopping = bool(interrupted) and distributed.world_size() == 1
                 due = due or self.step % self.optimization.checkpoint_every == 0 or stopping
@@ -313,7 +302,7 @@ class _Loop:
         parts = distributed.gather_objects((self.sums, self.summed))
         count = sum(summed for _, summed in parts)
         means = {name: sum(sums.get(name, 0.0) for sums, _ in parts) / count for name in self.sums}
-        rate = self._rate(next(iter(self.models)), self.step - 1)
+        rate = self.optimizers[self.main_name].param_groups[0]["lr"]
         line: dict[str, Any] = {"stage": self.stage, "step": self.step, "learning_rate": rate, **means, **findings}
         if self.skipped:
             line["skipped"] = self.skipped
@@ -336,7 +325,6 @@ class _Loop:
         state = whole(
             {
                 "step": self.step,
-                "seconds": self.seconds,
                 "skipped": self.skipped,
                 "models": {name: model.state_dict() for name, model in self.task.models.items()},
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
@@ -371,7 +359,7 @@ class _Loop:
             ) from error
 
     def _take(self, state: dict[str, Any]) -> None:
-        self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
+        self.step, self.skipped = state["step"], state["skipped"]
         for name, model in self.task.models.items():
             load_model(model, state["models"][name])
             load_optimizer(self.optimizers[name], state["optimizers"][name])

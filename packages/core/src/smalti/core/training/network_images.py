@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Statistics = Literal["imagenet", "clip"]
-STATISTICS: dict[Statistics, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+from smalti.core.backbones.pretrained import IMAGENET, Statistics
+
+StatisticsOf = Literal["imagenet", "clip"]
+# Mean and standard deviation of each channel in [0, 1].
+STATISTICS: dict[StatisticsOf, tuple[Statistics, Statistics]] = {
+    "imagenet": IMAGENET,
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
 
@@ -40,7 +43,7 @@ class Normalisation(nn.Module):
     def __init__(
         self,
         size: int | None,
-        statistics: Statistics = "imagenet",
+        statistics: StatisticsOf = "imagenet",
         resize: Literal["nearest", "bilinear"] = "bilinear",
     ) -> None:
         super().__init__()

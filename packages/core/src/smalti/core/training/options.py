@@ -11,6 +11,8 @@ from smalti.core.sampling_settings import SamplingSettings
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Steps = Annotated[int, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+DISTANCES = ("rfid", "lpips")  # metrics whose low values are the good ones
 
 
 class Optimization(Options):
@@ -58,7 +60,7 @@ class Optimization(Options):
     accumulate: Annotated[int, Field(ge=1)] = 1
     optimizer: Literal["adamw", "adam"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)]
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     final_weight_decay: Annotated[float, Field(ge=0)] | None = None
     no_decay: tuple[str, ...] = ()
@@ -218,6 +220,12 @@ class Perturbation(Options):
     anneal_to: Steps = 0
     final_ratio: Share = 1.0
 
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.anneal_to < self.anneal_from:
+            raise ValueError(f"anneal_to must not be before anneal_from, got {self.anneal_to} and {self.anneal_from}")
+        return self
+
 
 class Best(Options):
     """Which validation is the best.
@@ -230,6 +238,12 @@ class Best(Options):
     metric: str = "psnr"
     prefer: Literal["higher", "lower"] = "higher"
 
+    @model_validator(mode="after")
+    def _right_way_round(self) -> Self:
+        if self.metric in DISTANCES and self.prefer == "higher":
+            raise ValueError(f"{self.metric} is a distance, of which the best is the lowest: give prefer: lower")
+        return self
+
 
 class Validation(Options):
     """A look at held-out images in the midst of training, with the weights as they are and with the averaged ones.
@@ -241,7 +255,7 @@ class Validation(Options):
         pictures: so many of them are shown beside their reconstructions, in `images/` and by trackers; 0 for none.
         metrics: installed components of kind `metric`; empty takes those that need nothing but the images.
         features: for the Frechet distance between images and reconstructions, `rfid`; None leaves that out.
-        best: the weights of the best validation are kept in `tokenizer-best/`; None keeps none.
+        best: the weights of the best validation are kept in `tokenizer-best/` or `autoencoder-best/`; None keeps none.
     """
 
     every: Annotated[int, Field(ge=1)] = 1000
@@ -292,7 +306,8 @@ class TokenizerTraining(Optimization):
             evaluation mode, so that a quantizer's codes stay what they are, and gives no losses.
         text: that the decoder reads beside the latent.
         losses: between what the tokenizer makes of images and the images.
-        ramps: factors of the quantizer's terms by name, e.g. `{entropy: {end: 0.01, steps: 5000}}`.
+        ramps: factors of the terms that the model itself gives (its quantizer's, or an autoencoder's divergence), by
+            name, e.g. `{entropy: {end: 0.01, steps: 5000}}`.
         adversarial: the discriminator and its terms.
         perturbation: of the quantized latent.
         validation: in the midst of training.

@@ -19,11 +19,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import register_dataclass, tree_map_only
 
 from smalti.core import distributed
+from smalti.core.autoencoder import Autoencoder, AutoencoderOutput
 from smalti.core.contracts import Generator, Quantizer, Tokenizer, TokenizerOutput
 from smalti.core.training.activations import blocks
 
 Tree = TypeVar("Tree")
-register_dataclass(TokenizerOutput)  # FSDP looks for tensors in what a forward pass returns
+# FSDP looks for tensors in what a forward pass returns.
+register_dataclass(TokenizerOutput)
+register_dataclass(AutoencoderOutput)
 
 
 def shard(model: nn.Module, device: torch.device, kept: Iterable[nn.Parameter] = ()) -> None:
@@ -41,7 +44,11 @@ def shard(model: nn.Module, device: torch.device, kept: Iterable[nn.Parameter] =
     for block in blocks(model):
         fully_shard(block, mesh=mesh, ignored_params=whole_ones)
     fully_shard(model, mesh=mesh, ignored_params=whole_ones)
-    called_by_validation = {Tokenizer: ("encode", "decode"), Generator: ("logits",)}
+    called_by_validation = {
+        Tokenizer: ("encode", "decode"),
+        Autoencoder: ("encode", "decode"),
+        Generator: ("logits",),
+    }
     for kind, methods in called_by_validation.items():
         for method in methods:
             if isinstance(model, kind) and hasattr(model, method):
@@ -58,7 +65,7 @@ def average_whole(gradients: Iterable[Tensor]) -> None:
     for gradient in gradients:
         if not isinstance(gradient, DTensor):
             dist.all_reduce(gradient)
-            gradient /= distributed.world_size()  # noqa: PLW2901
+            gradient.div_(distributed.world_size())
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -35,7 +35,6 @@ class Task(ABC):
     Attributes:
         models: networks by name, each with an optimizer of its own; the first is the one that is kept and
             averaged.
-        learning_rates: for models whose rate is not the optimization's.
         first_steps: for models that begin to train later; their schedules begin there.
         health: of the tokens it sees, told beside the losses.
         validator: looks at the first model between updates.
@@ -44,7 +43,6 @@ class Task(ABC):
     """
 
     models: dict[str, nn.Module]
-    learning_rates: Mapping[str, float] = {}
     first_steps: Mapping[str, int] = {}
     health: TokenHealth | None = None
     validator: Validator | GeneratorValidator | None = None
@@ -52,9 +50,9 @@ class Task(ABC):
     loss_scale: float = 1.0
 
     def optimization(self, name: str, shared: Optimization) -> Optimization:
-        """How the model `name` is trained, where that is not how all are."""
-        rate = self.learning_rates.get(name)
-        return shared if rate is None else shared.model_copy(update={"learning_rate": rate})
+        """How the model `name` is trained: as all are, where a task says nothing else."""
+        del name
+        return shared
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on beside the models, as tensors and plain data, equal on all processes."""

@@ -139,6 +139,10 @@ class TokenizerTask(Task):
 
     def _ramped(self, losses: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         ramps = self.options.ramps
+        for name in ramps:
+            if name not in losses:
+                given = ", ".join(losses) or "none"
+                raise UserError(f"train.{self.main}.ramps: the {self.main} gives no term {name!r}, it gives {given}")
         return {name: ramps[name](step) * loss if name in ramps else loss for name, loss in losses.items()}
 
     def _discriminator(

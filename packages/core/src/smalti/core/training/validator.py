@@ -138,6 +138,8 @@ class Validator:
 
     def _read(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         device = next(self.tokenizer.parameters()).device
+        if self.features is not None:
+            self.features.to(device)
         size, images = self.options.batch_size, min(self.options.images, len(self.dataset))
         batches, rank, processes = -(-images // size), distributed.rank(), distributed.world_size()
         # Neighbouring batches, whole ones: each holds the same images on any number of processes.
@@ -153,8 +155,6 @@ class Validator:
         ):
             images_there = batch.images.to(device)
             yield images_there, self._context(batch._replace(images=images_there))
-        if self.features is not None:
-            self.features.to(device)
 
     def _measured(self) -> tuple[dict[str, float], list[Tensor]]:
         """Means over all images, and the pairs that are shown, on every process."""
