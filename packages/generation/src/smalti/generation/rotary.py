@@ -46,7 +46,7 @@ def rotary_table(
     return table
 
 
-# A graph takes no layout as an argument of a constant, but what it consists of.
+# Dynamo looks through caches and takes what this gives as a constant, for arguments that are constants: no layout.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _table(*key: Any) -> Tensor:
     return _kept_table(*key)
