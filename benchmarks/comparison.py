@@ -231,6 +231,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     """Tell in the JSON what the ratios depend on."""
+    distributions = importlib.metadata.distributions()
+    installed = {one.metadata["Name"].lower().replace("_", "-"): one.version for one in distributions}
     kilobytes = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
     machine_info["smalti"] = {
         "cpu": machine_info["cpu"].get("brand_raw", "unknown"),
@@ -238,11 +240,7 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
         "gigabytes": round(int(kilobytes.split()[1]) * 1024 / 1e9),
         "gpu": _cuda(),
         "versions": {"python": machine_info["python_version"]}
-        | {
-            name: one.version
-            for one in importlib.metadata.distributions()
-            if (name := one.metadata["Name"].lower()) in VERSIONS
-        },
+        | {name: installed[name] for name in VERSIONS if name in installed},
         "load": LOAD,
     }
 

@@ -52,7 +52,7 @@ class PlainVQGAN:
         self.level = "{side}.conv_blocks.{index}" if llamagen else "{side}.{way}.{index}"
         self.block, self.middle = ("res", ("0", "1", "2")) if llamagen else ("block", ("block_1", "attn_1", "block_2"))
         self.fine_first = not llamagen  # how VAR counts the decoder's levels
-        self.kernel = state["quant_conv.weight"].shape[-1] // 2
+        self.padding = state["quant_conv.weight"].shape[-1] // 2
 
     def _levels(self, x: Tensor, side: str, way: str) -> Tensor:
         state = self.state
@@ -77,7 +77,8 @@ class PlainVQGAN:
         """Images to the latent before quantization, `(B, C, h, w)`."""
         x = self._levels(_conv(images, self.state, "encoder.conv_in", padding=1), "encoder", "down")
         x = _swish(_norm(self._middle(x, "encoder"), self.state, "encoder.norm_out"))
-        return _conv(_conv(x, self.state, "encoder.conv_out", padding=1), self.state, "quant_conv", padding=self.kernel)
+        x = _conv(x, self.state, "encoder.conv_out", padding=1)
+        return _conv(x, self.state, "quant_conv", padding=self.padding)
 
     def tokens(self, latent: Tensor) -> Tensor:
         """LlamaGen's search: all distances at once, `(B, h, w)`."""
@@ -88,7 +89,7 @@ class PlainVQGAN:
 
     def decode(self, latent: Tensor) -> Tensor:
         """The quantized latent `(B, C, h, w)` to images."""
-        x = _conv(latent, self.state, "post_quant_conv", padding=self.kernel)
+        x = _conv(latent, self.state, "post_quant_conv", padding=self.padding)
         x = self._levels(self._middle(_conv(x, self.state, "decoder.conv_in", padding=1), "decoder"), "decoder", "up")
         return _conv(_swish(_norm(x, self.state, "decoder.norm_out")), self.state, "decoder.conv_out", padding=1)
 

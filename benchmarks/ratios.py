@@ -98,11 +98,11 @@ def missed(new: Table) -> Iterator[str]:
     """A sentence for every bar that was not reached."""
     for section in new.values():
         for row in section["ratios"]:
-            for name, what in (("time", "time"), ("memory", "memory")):
+            for name in ("time", "memory"):
                 found = row.get(name, {})
                 if found.get("ratio", 0) < found.get("bar", 0):
                     yield (
-                        f"{_work(row)}: {_number(found['ratio'])} times the {what} of ours for {row['peer']}, "
+                        f"{_work(row)}: {_number(found['ratio'])} times the {name} of ours for {row['peer']}, "
                         f"the bar is {_number(found['bar'])}."
                     )
             if row.get("megabytes", 0) > row.get("most_megabytes", math.inf):
@@ -211,7 +211,7 @@ def _conditions(table: Table) -> str:
 
 
 def _conditions_of(device: str, section: Any) -> str:
-    title = {"cpu": "CPU", "cuda": "CUDA GPU"}[device]
+    title = {"cpu": "CPU", "cuda": GPU}[device]
     if not section:
         return f"- {title}: none measured so far.\n"
     machine, rows = section["machine"], section["ratios"]

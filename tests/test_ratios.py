@@ -1,7 +1,10 @@
 """The table of ratios: what counts as a regression, what is kept, and the generated parts of the page."""
 
+import importlib.metadata
 import json
+from types import SimpleNamespace
 
+import comparison
 import pytest
 import ratios
 from comparison import Comparison, Ours
@@ -195,3 +198,17 @@ def test_the_command_stores_and_then_reports(files, capsys):
 def test_the_page_in_the_repository_is_made_of_the_stored_table():
     text = ratios.PAGE.read_text()
     assert ratios.page(text, json.loads(ratios.STORED.read_text())) == text
+
+
+def test_versions_are_found_however_names_are_spelt(monkeypatch):
+    spelt = {"Pillow": "12", "torch_fidelity": "0.4", "vector-quantize-pytorch": "1", "left-out": "3"}
+    found = [SimpleNamespace(metadata={"Name": name}, version=version) for name, version in spelt.items()]
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: found)
+    told = {"cpu": {}, "python_version": "3.11"}
+    comparison.pytest_benchmark_update_machine_info(told)
+    assert told["smalti"]["versions"] == {
+        "python": "3.11",
+        "pillow": "12",
+        "vector-quantize-pytorch": "1",
+        "torch-fidelity": "0.4",
+    }

@@ -27,6 +27,7 @@ from smalti.generation.attention import attention_kernel
 from smalti.generation.sampling import TokenSampler
 from smalti.generation.var import VAR, VAROptions
 from smalti.generation.var_editing import inside_box, kept_positions
+from smalti.generation.var_training import drawn_mask
 from smalti.quant.multi_scale import MultiScaleOptions
 from smalti.quant.product import ProductOptions
 
@@ -118,6 +119,10 @@ def test_samples_are_those_of_the_plain_twin(quantizer, shared):
     torch.testing.assert_close(drawn.latent, model.quantizer.decode(drawn.tokens, model.token_layout.shape[-1]))
 
 
+def test_no_samples():
+    assert build(BRANCHES).sample(torch.zeros(0, dtype=torch.int64), GUIDED).shape == (0, 39, 2)
+
+
 def test_every_stream_has_settings_of_its_own():
     model, labels = build(BRANCHES), torch.arange(4)
     settings = GUIDED.model_copy(update={"temperature": (0.0, 1.0), "top_k": (0, 4), "guidance_scale": (3.0, 1.0)})
@@ -176,9 +181,11 @@ def test_growth_learns_the_first_scales_and_lets_the_newest_in_slowly():
 
 def test_masking_falls_to_nothing():
     model = build(masking={"share": 1.0, "steps": 50})
-    words = torch.zeros(400, 50, 1)
+    words, shares = torch.zeros(400, 50, 1), []
     torch.manual_seed(0)
-    shares = [model.options.masking.drawn(words, step).float().mean().item() for step in (0, 25, 50)]
+    for step in (0, 25, 50):
+        model.begin_step(step)
+        shares.append(drawn_mask(words, model.inputs.masked_share).float().mean().item())
     assert shares == pytest.approx([0.5, 0.25, 0.0], abs=0.03)
     model.train().begin_step(50)
     tokens, labels = tokens_of(model), torch.arange(3)
@@ -271,6 +278,18 @@ def test_tokenizers_that_do_not_fit_are_told():
     )  # fmt: skip
     with pytest.raises(UserError, match=r"^the quantizer 'rotated' does not go from scale to scale$"):
         VAROptions(**SMALL).build(layout_of(SCALES), 5).attach(tokenizer(turned))
+
+
+def test_a_further_step_is_no_further_graph():
+    """Masking and the weight of the newest scale change with every step."""
+    model = build(growth={"first": 2, "end": 30, "ramp": 8}, masking={"share": 0.5, "steps": 50}).train()
+    tokens, labels, graphs = tokens_of(model), torch.arange(3), []
+    torch._dynamo.reset()
+    step = torch.compile(model, backend=lambda graph, _: (graphs.append(1), graph.forward)[1], fullgraph=True)
+    for number in range(8, 12):
+        model.begin_step(number)
+        step(tokens, labels)
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("quantizer", [SCALES, BRANCHES])

@@ -85,10 +85,6 @@ def test_samples_do_not_depend_on_the_batch(build: Build, layout: TokenLayout) -
         assert torch.equal(torch.cat(parts), whole), f"batches of {size}"
 
 
-def test_no_samples(build: Build) -> None:
-    assert build().sample(torch.zeros(0, dtype=torch.int64), SamplingSettings()).shape == (0, 12, 1)
-
-
 def test_samples_can_be_trained_on(build: Build) -> None:
     model = build()
     labels = torch.arange(3)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+
 from smalti.core.layout import TokenLayout
 from smalti.core.testing import GeneratorContract
 from smalti.generation.ar import AROptions
@@ -74,3 +77,12 @@ class TestMaskGITAsUViT(GeneratorContract):
 class TestMaskGITOfSeveralStreams(GeneratorContract):
     options = MaskGITOptions(**PLAIN, flatten=True)
     layout = TokenLayout.grid(2, 3, (16, 5))
+
+
+@pytest.mark.parametrize(
+    "kind", [TestAROfSeveralStreams, TestFAR, TestRAR, TestMaskGIT], ids=lambda kind: kind.__name__
+)
+def test_no_samples(kind: type[GeneratorContract]) -> None:
+    contract = kind()
+    tokens = contract.build().sample(torch.zeros(0, dtype=torch.int64), contract.settings())
+    assert tokens.shape == (0, kind.layout.positions, kind.layout.streams)

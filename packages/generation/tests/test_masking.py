@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalti.generation.masking import (
-    SCHEDULES,
     Schedule,
     gumbel,
     least_confident,
@@ -21,7 +21,7 @@ from smalti.generation.masking import (
 )
 
 quick = settings(deadline=None, max_examples=60)
-schedules = st.sampled_from(SCHEDULES)
+schedules = st.sampled_from(get_args(Schedule))
 
 
 @pytest.mark.parametrize(

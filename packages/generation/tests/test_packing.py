@@ -59,6 +59,14 @@ def test_int8_leaves_layers_that_torch_cannot_take() -> None:
         torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+@torch.no_grad()
+def test_fewer_bytes_of_no_rows(precision: packing.Precision) -> None:
+    module = layers()
+    with packed_weights(module, precision):
+        assert module(torch.zeros(0, 5, 64)).shape == (0, 5, 48)
+
+
 @torch.no_grad()
 def test_what_is_packed_is_kept_until_weights_change(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = []
@@ -76,6 +84,28 @@ def test_what_is_packed_is_kept_until_weights_change(monkeypatch: pytest.MonkeyP
     with packed_weights(module):
         torch.testing.assert_close(module(x), x @ module.weight.T, rtol=1e-5, atol=1e-5)
     assert len(packed) == 3
+
+
+@torch.no_grad()
+def test_another_bias_is_noticed() -> None:
+    module, x = layers()[0], torch.randn(2, 64)
+    for value in (0.0, 1.0):
+        module.bias = nn.Parameter(torch.full((96,), value))
+        with packed_weights(module):
+            torch.testing.assert_close(module(x), x @ module.weight.T + value, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_other_weights_in_the_same_memory_are_noticed() -> None:
+    """Memory that a layer lets go of may hold its next weights."""
+    module, x = nn.Linear(64, 96, bias=False), torch.randn(2, 64)
+    for _ in range(20):
+        with packed_weights(module):
+            module(x)
+        module.weight.data = torch.empty(0)
+        module.weight.data = torch.randn(96, 64)
+        with packed_weights(module):
+            torch.testing.assert_close(module(x), x @ module.weight.T, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -45,6 +45,14 @@ def test_a_longer_prefix_and_several_inputs_per_position() -> None:
     assert torch.equal(sequence, sequence_rotary(4, 8, 100.0))
 
 
+def test_a_table_is_made_once_and_serves_training() -> None:
+    layout = TokenLayout.sequence(3, (9,))
+    with torch.inference_mode():
+        table = rotary_table(layout, 8, base=50.0)
+    assert rotary_table(TokenLayout.sequence(3, (7, 7)), 8, base=50.0) is table
+    rotate(torch.randn(1, 1, 4, 8, requires_grad=True), table).sum().backward()
+
+
 def plain_rotate(vectors: Tensor, table: Tensor) -> Tensor:
     turned = torch.empty_like(vectors)
     for position, row in enumerate(table):

@@ -16,6 +16,7 @@ from smalti.core.checkpoints.importing import configured, export_checkpoint, imp
 from smalti.core.checkpoints.zoo import zoo
 from smalti.core.errors import UserError
 from smalti.core.layout import TokenLayout
+from smalti.core.sampling_settings import SamplingSettings
 from smalti.generation.var import VAR, VAROptions
 from smalti.generation.var_editing import inside_box, kept_positions
 
@@ -89,6 +90,18 @@ def test_without_a_tokenizer_it_says_so() -> None:
         build().loss(torch.zeros(1, 17, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
 
 
+def test_editing_without_labels_needs_the_null_class() -> None:
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    with pytest.raises(UserError) as raised:
+        build(label_dropout=0.0).edit(torch.zeros(1, 17, 1, dtype=torch.int64), mask, None, SamplingSettings())
+    assert str(raised.value) == "editing without labels needs a generator trained with label_dropout above 0"
+
+
+def test_growth_ends_after_it_starts() -> None:
+    with pytest.raises(ValidationError, match="growth cannot end before it starts, at step 10"):
+        VAROptions(growth={"start": 10, "end": 9})
+
+
 def test_masks_of_editing() -> None:
     inside = inside_box(SCALES, 0.25, 0.3, 1.0, 0.7)
     assert inside.tolist() == [[False] * 3, *[[False, True, False]] * 3]
@@ -102,3 +115,5 @@ def test_masks_of_editing() -> None:
         kept_positions(inside.long(), SCALES)
     with pytest.raises(UserError, match=r"^a box has 0 <= top < bottom <= 1 and 0 <= left < right <= 1, got \(0.5, 0,"):
         inside_box(SCALES, 0.5, 0, 0.5, 1)
+    with pytest.raises(UserError, match=r"^a box holds at least one cell of the grid 4x3, got \(0.5, 0, 0.6, 1\)$"):
+        inside_box(SCALES, 0.5, 0, 0.6, 1)

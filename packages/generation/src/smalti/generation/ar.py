@@ -23,12 +23,13 @@ from smalti.generation.attention import Mask
 from smalti.generation.blocks import Architecture
 from smalti.generation.cache import Cache
 from smalti.generation.checks import check_batch, refused
-from smalti.generation.conditions import CaptionPrefix, ClassPrefix
-from smalti.generation.decoding import decoding
+from smalti.generation.conditions import CaptionPrefix, ClassPrefix, dropped_labels
+from smalti.generation.decoding import sample_one_by_one
 from smalti.generation.llama import LlamaOptions
 from smalti.generation.losses import stream_losses
 from smalti.generation.norms import ModulatedNorm, build_norm
 from smalti.generation.sampling import TokenSampler
+from smalti.generation.streams import embedded, stream_logits
 from smalti.generation.transformer import Transformer, initialise, initialise_modulation
 
 
@@ -134,9 +135,7 @@ class AR(Generator):
         else:
             self._check(labels)
             check_batch(tokens, None, self.token_layout, self.classes)
-        null = None
-        if self.training and self.options.label_dropout:
-            null = torch.rand(labels.shape[:1], device=labels.device) < self.options.label_dropout
+        null = dropped_labels(labels, self.options.label_dropout) if self.training else None
         return stream_losses(self._logits(tokens, labels, null), tokens)
 
     def logits(self, tokens: Tensor, labels: Tensor) -> list[Tensor]:
@@ -166,14 +165,7 @@ class AR(Generator):
                 another number of streams.
         """
         self._check(labels)
-        layout = self.token_layout
-        sampler = TokenSampler.start(
-            settings, labels, indices, layout.positions, layout.streams, self.options.label_dropout
-        )
-        with decoding(self, settings):
-            tokens = self.decode(labels, sampler)
-        # A tensor made in inference mode could not be trained on.
-        return tokens.clone()
+        return sample_one_by_one(self, self.decode, self.options.label_dropout, labels, settings, indices)
 
     def _check(self, labels: Tensor) -> None:
         if self.condition is None:
@@ -182,14 +174,11 @@ class AR(Generator):
             self.condition.check(labels)
 
     def _logits(self, tokens: Tensor, labels: Tensor, null: Tensor | None) -> list[Tensor]:
-        streams = len(self.embeddings)
         given = self._given(labels, null)
-        embedded = torch.stack([table(tokens[:, :, s]) for s, table in enumerate(self.embeddings)], dim=2)
-        inputs = torch.cat([given.prefix, embedded.flatten(1, 2)[:, :-1]], dim=1)
+        inputs = torch.cat([given.prefix, embedded(self.embeddings, tokens)[:, :-1]], dim=1)
         inputs = F.dropout(inputs, self.options.token_dropout, self.training)
         hidden = self._hidden(inputs, given)[:, self.prefix_length - 1 :]
-        by_position = hidden.unflatten(1, (-1, streams)).unbind(2)
-        return [output(part).float() for output, part in zip(self.outputs, by_position, strict=True)]
+        return stream_logits(self.outputs, hidden)
 
     def decode(self, labels: Tensor, sampler: TokenSampler) -> Tensor:
         """What `sample` does, with a sampler that is given: tokens `(B, L, S)` for labels `(B,)`."""
@@ -207,7 +196,9 @@ class AR(Generator):
         return tokens
 
     def _given(self, labels: Tensor, null: Tensor | None) -> _Given:
-        rotary = self._rotary(labels.device) if self.options.blocks == "llama" else None
+        rotary, layout = None, self.token_layout
+        if self.options.blocks == "llama":
+            rotary = self.options.rotary(layout, labels.device, self.prefix_length, layout.streams)
         if self.condition is None:
             return _Given(self.embeddings[0](labels)[:, None], rotary)
         prefix = self.condition(labels, null)
@@ -225,9 +216,6 @@ class AR(Generator):
         hidden = self.transformer(inputs, rotary=rotary, mask=mask, cache=cache, modulations=given.modulations)
         normed: Tensor = self.norm(hidden) if given.final is None else self.norm(hidden, given.final)
         return normed
-
-    def _rotary(self, device: torch.device) -> Tensor:
-        return self.options.rotary(self.token_layout, device, self.prefix_length, self.token_layout.streams)
 
 
 class _Given(NamedTuple):

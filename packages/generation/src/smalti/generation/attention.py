@@ -43,10 +43,6 @@ class BlockCausal:
 
     sizes: tuple[int, ...]
 
-    def blocks(self, device: torch.device | None = None) -> Tensor:
-        """The number of the block of every position, `(sum of sizes,)`."""
-        return _blocks(self.sizes, device)
-
 
 Mask = Literal["none", "causal"] | BlockCausal | Tensor
 """What a query sees: everything; itself and what is before; blocks; or a boolean tensor that `(B, H, T, N)` broadcasts
@@ -58,7 +54,8 @@ from, true where a query sees a key. The T queries are always the last of the N 
 
 @cache
 @torch.inference_mode(mode=False)
-def _blocks(sizes: tuple[int, ...], device: torch.device | None) -> Tensor:
+def _blocks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """The number of the block of every position, `(sum of sizes,)`."""
     return torch.repeat_interleave(torch.arange(len(sizes), device=device), torch.tensor(sizes, device=device))
 
 
@@ -213,7 +210,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _flex_mask(mask: BlockCausal, new: int, seen: int, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    blocks = mask.blocks(device)
+    blocks = _blocks(mask.sizes, device)
 
     def sees(_batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return blocks[row + (seen - new)] >= blocks[column]

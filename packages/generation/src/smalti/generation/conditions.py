@@ -74,3 +74,13 @@ class CaptionPrefix(nn.Module):
                 f"captions must be float (B, {self.length}, {self.width}), left-padded with zero rows, got "
                 f"{captions.dtype} {tuple(captions.shape)}"
             )
+
+
+def dropped_labels(labels: Tensor, chance: float) -> Tensor | None:
+    """Where label dropout puts the null condition, for guidance to learn it: bool `(B,)`, by torch's global generator.
+
+    Args:
+        labels: classes `(B,)`, or captions `(B, P, E)`.
+        chance: of each; with 0 there is nothing to put, None.
+    """
+    return torch.rand(labels.shape[:1], device=labels.device) < chance if chance else None

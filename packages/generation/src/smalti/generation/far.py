@@ -20,8 +20,8 @@ from smalti.core.layout import TokenLayout
 from smalti.core.sampling_settings import SamplingSettings
 from smalti.generation.cache import Cache
 from smalti.generation.checks import check_batch
-from smalti.generation.conditions import ClassPrefix
-from smalti.generation.decoding import decoding
+from smalti.generation.conditions import ClassPrefix, dropped_labels
+from smalti.generation.decoding import sample_one_by_one
 from smalti.generation.llama import LlamaOptions
 from smalti.generation.losses import stream_losses
 from smalti.generation.norms import RMSNorm
@@ -95,9 +95,7 @@ class FAR(Generator):
             UserError: tokens or labels of a wrong shape or out of range.
         """
         check_batch(tokens, labels, self.token_layout, self.classes)
-        null = None
-        if self.training and self.options.label_dropout:
-            null = torch.rand(labels.shape, device=labels.device) < self.options.label_dropout
+        null = dropped_labels(labels, self.options.label_dropout) if self.training else None
         logits = self._inner_logits(tokens, self._contexts(tokens, labels, null))
         return stream_losses(logits, tokens, self.options.objective)
 
@@ -139,14 +137,7 @@ class FAR(Generator):
                 another number of streams.
         """
         check_labels(labels, self.classes)
-        layout = self.token_layout
-        sampler = TokenSampler.start(
-            settings, labels, indices, layout.positions, layout.streams, self.options.label_dropout
-        )
-        with decoding(self, settings):
-            tokens = self.decode(labels, sampler)
-        # A tensor made in inference mode could not be trained on.
-        return tokens.clone()
+        return sample_one_by_one(self, self.decode, self.options.label_dropout, labels, settings, indices)
 
     def decode(self, labels: Tensor, sampler: TokenSampler) -> Tensor:
         """What `sample` does, with a sampler that is given: tokens `(B, L, S)` for labels `(B,)`."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
@@ -62,10 +61,8 @@ class LlamaOptions(GeneratorOptions):
         return -(-(8 * self.dim // 3) // self.ffn_multiple) * self.ffn_multiple
 
     def rotary(self, layout: TokenLayout, device: torch.device, prefix: int = 1, repeats: int = 1) -> Tensor:
-        """The table of rotations, as of `rotary_table`; a compiled model holds it as a constant."""
-        key = (layout.kind, layout.shape, self.head_dim, self.rotary_base, prefix, repeats, device)
-        table: Tensor = _rotary(*key)
-        return table
+        """The table of rotations, as of `rotary_table`."""
+        return rotary_table(layout, self.head_dim, self.rotary_base, prefix=prefix, repeats=repeats, device=device)
 
     def architecture(self, layers: int) -> Architecture:
         """That of a stack of `layers` blocks."""
@@ -78,16 +75,3 @@ class LlamaOptions(GeneratorOptions):
             dropout=self.dropout,
             drop_path=self.drop_path,
         )
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _rotary(*key: Any) -> Tensor:
-    return _kept_rotary(*key)
-
-
-@lru_cache(maxsize=16)
-def _kept_rotary(
-    kind: Any, shape: Any, head_dim: int, base: float, prefix: int, repeats: int, device: torch.device
-) -> Tensor:
-    layout = TokenLayout(kind=kind, shape=shape, vocab=(2,))  # its codes do not matter
-    return rotary_table(layout, head_dim, base, prefix=prefix, repeats=repeats, device=device)

@@ -21,10 +21,15 @@ def stream_losses(logits: Sequence[Tensor], tokens: Tensor, over: Literal["mean"
         over: how streams are put together.
 
     Returns:
-        `{"cross_entropy": ...}` for one stream, else `{"cross_entropy_0": ..., "cross_entropy_1": ...}`.
+        As `named_terms`.
     """
     weight = 1 / len(logits) if over == "mean" else 1.0
     terms = [F.cross_entropy(part.flatten(0, 1), tokens[:, :, s].flatten()) for s, part in enumerate(logits)]
+    return named_terms([weight * term for term in terms])
+
+
+def named_terms(terms: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Terms of the streams by name: `cross_entropy` for one stream, else `cross_entropy_0`, `cross_entropy_1`, ..."""
     if len(terms) == 1:
         return {"cross_entropy": terms[0]}
-    return {f"cross_entropy_{stream}": weight * term for stream, term in enumerate(terms)}
+    return {f"cross_entropy_{stream}": term for stream, term in enumerate(terms)}

@@ -21,10 +21,12 @@ from smalti.core.options import GeneratorOptions
 from smalti.core.sampling_settings import SamplingSettings
 from smalti.generation.blocks import Architecture
 from smalti.generation.checks import Heads, check_batch, refused
-from smalti.generation.conditions import ClassPrefix
+from smalti.generation.conditions import ClassPrefix, dropped_labels
 from smalti.generation.decoding import decoding
+from smalti.generation.losses import named_terms
 from smalti.generation.masking import Schedule, gumbel, least_confident, masked_counts, random_mask
 from smalti.generation.sampling import check_guidance, guided, next_tokens
+from smalti.generation.streams import embedded, stream_logits
 from smalti.generation.transformer import INITIAL_STD, SkipTransformer, Transformer, initialise
 
 ANNEALING = (0.5, 0.8)
@@ -133,10 +135,8 @@ class MaskGIT(Generator):
             UserError: tokens or labels of a wrong shape or out of range.
         """
         check_batch(tokens, labels, self.token_layout, self.classes)
-        options, vocab = self.options, self.token_layout.vocab
-        null = None
-        if self.training:
-            null = torch.rand(labels.shape, device=labels.device) < options.label_dropout
+        options = self.options
+        null = dropped_labels(labels, options.label_dropout) if self.training else None
         masked = random_mask(len(tokens), tokens[0].numel(), options.schedule, tokens.device).view(tokens.shape)
         logits = self._logits(torch.where(masked, self._masks(tokens.device), tokens), labels, null)
         weights = torch.where(masked, 1.0, options.unmasked_weight)
@@ -149,8 +149,7 @@ class MaskGIT(Generator):
             .sum()
             for s, part in enumerate(logits)
         ]
-        names = ["cross_entropy"] if len(vocab) == 1 else [f"cross_entropy_{stream}" for stream in range(len(vocab))]
-        return dict(zip(names, terms, strict=True))
+        return named_terms(terms)
 
     def logits(self, tokens: Tensor, labels: Tensor) -> list[Tensor]:
         """Logits of every token given those that are not masked.
@@ -191,12 +190,12 @@ class MaskGIT(Generator):
         if indices is None:
             indices = torch.arange(len(labels), device=labels.device)
         with decoding(self, settings):
-            tokens, fixed = self.decode(labels, settings, indices)
+            tokens, fixed = self._decode(labels, settings, indices)
         # Tensors made in inference mode could not be trained on.
         return tokens.clone(), fixed.clone()
 
-    def decode(self, labels: Tensor, settings: SamplingSettings, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """What `sample_traced` does, in whatever mode: tokens `(B, L, S)` and steps `(B, L)`."""
+    def _decode(self, labels: Tensor, settings: SamplingSettings, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens `(B, L, S)`, and the step that fixed each position `(B, L)`."""
         layout, per_stream = self.token_layout, settings.per_stream(self.token_layout.streams)
         steps = settings.steps or self.options.steps
         masks = self._masks(labels.device)
@@ -233,16 +232,13 @@ class MaskGIT(Generator):
         return [guided(part, weight) for part, weight in zip(both, weights, strict=True)]
 
     def _logits(self, tokens: Tensor, labels: Tensor, null: Tensor | None) -> list[Tensor]:
-        streams = self.token_layout.streams
-        embedded = torch.stack([table(tokens[:, :, s]) for s, table in enumerate(self.embeddings)], dim=2)
-        inputs = torch.cat([self.condition(labels, null), embedded.flatten(1, 2)], dim=1) + self.positions
+        inputs = torch.cat([self.condition(labels, null), embedded(self.embeddings, tokens)], dim=1) + self.positions
         if self.options.form == "vit":
             inputs = F.dropout(self.norm(inputs), self.options.dropout, self.training)
             hidden = self.transformer(inputs, mask="none")
         else:
             hidden = self.norm(self.transformer(inputs))
-        by_position = hidden[:, 1:].unflatten(1, (-1, streams)).unbind(2)
-        return [output(part).float() for output, part in zip(self.outputs, by_position, strict=True)]
+        return stream_logits(self.outputs, hidden[:, 1:])
 
     def _masks(self, device: torch.device) -> Tensor:
         """The masked token of each stream, `(S,)`."""

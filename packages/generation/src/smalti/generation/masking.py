@@ -6,7 +6,7 @@ Legend: B batch, N tokens of a sample.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from torch import Tensor
 Schedule = Literal["arccos", "cosine", "linear", "square", "root"]
 """The share of masked tokens as it falls from 1 to 0 (Chang et al. 2022, section 3.3)."""
 
-SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 SMALLEST = 1e-20
 """Below it no logarithm of noise is taken."""
 

@@ -24,8 +24,9 @@ Product = Callable[[Tensor], Tensor]
 
 _INT8_INPUTS = 16
 
-# The packed form of a layer, with what tells whether its weights are still the same.
-_packed: WeakKeyDictionary[nn.Linear, tuple[object, Product]] = WeakKeyDictionary()
+# The packed form of a layer, with what tells whether its weights are still the same, and the weights themselves: their
+# memory must not become that of others meanwhile.
+_packed: WeakKeyDictionary[nn.Linear, tuple[object, Product, Tensor]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -65,10 +66,11 @@ def _product(layer: nn.Linear, precision: Precision) -> Product:
     weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
     if layer.weight.is_inference():  # such a tensor does not count its changes
         return _PACKERS[precision](weight, bias)
-    state = (precision, weight.data_ptr(), layer.weight._version, bias is not None and layer.bias._version)
+    parts = [layer.weight] if bias is None else [layer.weight, layer.bias]
+    state = (precision, *((part.data_ptr(), part._version) for part in parts))
     known = _packed.get(layer)
     if known is None or known[0] != state:
-        known = (state, _PACKERS[precision](weight, bias))
+        known = (state, _PACKERS[precision](weight, bias), weight)
         _packed[layer] = known
     return known[1]
 
@@ -108,7 +110,7 @@ def _int8(weight: Tensor, bias: Tensor | None) -> Product:
 
     def product(x: Tensor) -> Tensor:
         rows = x.bfloat16().reshape(-1, x.shape[-1])
-        outputs = torch._weight_int8pack_mm(rows, integers, scale).float().view(*x.shape[:-1], -1)
+        outputs = torch._weight_int8pack_mm(rows, integers, scale).float().view(*x.shape[:-1], len(integers))
         return outputs if bias is None else outputs + bias
 
     return product

@@ -19,11 +19,12 @@ from smalti.core.options import GeneratorOptions
 from smalti.core.sampling_settings import SamplingSettings
 from smalti.generation.blocks import Architecture
 from smalti.generation.checks import Heads, check_batch, refused
-from smalti.generation.conditions import ClassPrefix
-from smalti.generation.decoding import decoding
+from smalti.generation.conditions import ClassPrefix, dropped_labels
+from smalti.generation.decoding import sample_one_by_one
 from smalti.generation.losses import stream_losses
 from smalti.generation.norms import ModulatedNorm
 from smalti.generation.sampling import TokenSampler
+from smalti.generation.streams import embedded, stream_logits
 from smalti.generation.transformer import INITIAL_STD, Transformer, initialise, initialise_modulation
 
 PREFIX = 2
@@ -150,7 +151,7 @@ class RAR(Generator):
         check_batch(tokens, labels, self.token_layout, self.classes)
         if not self.training:
             return stream_losses(self._logits(tokens, labels, None, None), tokens)
-        null = torch.rand(labels.shape, device=labels.device) < self.options.label_dropout
+        null = dropped_labels(labels, self.options.label_dropout)
         orders = self._orders(len(tokens), tokens.device)
         logits = self._logits(tokens, labels, null, orders)
         return stream_losses(logits, tokens.take_along_dim(orders[:, :, None], dim=1))
@@ -183,14 +184,7 @@ class RAR(Generator):
                 another number of streams.
         """
         check_labels(labels, self.classes)
-        layout = self.token_layout
-        sampler = TokenSampler.start(
-            settings, labels, indices, layout.positions, layout.streams, self.options.label_dropout
-        )
-        with decoding(self, settings):
-            tokens = self.decode(labels, sampler)
-        # A tensor made in inference mode could not be trained on.
-        return tokens.clone()
+        return sample_one_by_one(self, self.decode, self.options.label_dropout, labels, settings, indices)
 
     def decode(self, labels: Tensor, sampler: TokenSampler) -> Tensor:
         """What `sample` does, with a sampler that is given: tokens `(B, L, S)` for labels `(B,)`."""
@@ -218,7 +212,7 @@ class RAR(Generator):
         """
         kinds, which = labels.unique(return_inverse=True)
         condition = self.condition(kinds)
-        count = max(PREFIX, MODULATED_AT_ONCE // len(kinds))
+        count = max(PREFIX, MODULATED_AT_ONCE // max(len(kinds), 1))
         for start in range(0, len(self.times), count):
             given = condition + self.times[start : start + count]
             blocks, final = self.transformer.modulations(given), self.norm.modulation(given)
@@ -235,15 +229,13 @@ class RAR(Generator):
         else:
             tokens = tokens.take_along_dim(orders[:, :, None], dim=1)
             places = (orders[:, :, None] * streams + torch.arange(streams, device=orders.device)).flatten(1)
-        embedded = torch.stack([table(tokens[:, :, s]) for s, table in enumerate(self.embeddings)], dim=2)
-        before = (embedded.flatten(1, 2) + self.positions[PREFIX + places])[:, :-1]
+        before = (embedded(self.embeddings, tokens) + self.positions[PREFIX + places])[:, :-1]
         targets = F.pad(self.targets[places], (0, 0, PREFIX - 1, 0))
         inputs = torch.cat([self._prefix(condition), before], dim=1) + targets
         given = condition + self.times[: inputs.shape[1]]
         hidden = self.transformer(inputs, modulations=self.transformer.modulations(given))
         normed = self.norm(hidden, self.norm.modulation(given))[:, PREFIX - 1 :]
-        by_position = normed.unflatten(1, (-1, streams)).unbind(2)
-        return [output(part).float() for output, part in zip(self.outputs, by_position, strict=True)]
+        return stream_logits(self.outputs, normed)
 
     def _prefix(self, condition: Tensor) -> Tensor:
         """`(B, 2, D)`, with positions."""

@@ -10,6 +10,7 @@ Legend: B batch, T positions, P prefix positions, L token positions, H heads, d 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ def rotary_table(
 ) -> Tensor:
     """The rotations for a layout, as unit complex numbers `(P + repeats * L, d/2)`, complex64.
 
-    Grids take LlamaGen's two-dimensional table, sequences the one of Llama.
+    Grids take LlamaGen's two-dimensional table, sequences the one of Llama. A table is made once and kept; a compiled
+    model holds it as a constant.
 
     Args:
         layout: a grid or a sequence.
@@ -40,21 +42,34 @@ def rotary_table(
         repeats: inputs in a row that share the rotation of a token position.
         device: of the table.
     """
-    return _table(layout, head_dim, base, prefix, repeats, device)
+    table: Tensor = _table(layout.kind, layout.shape, head_dim, base, prefix, repeats, device)
+    return table
+
+
+# Dynamo looks through caches and takes what this gives as a constant, for arguments that are constants: no layout.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _table(*key: Any) -> Tensor:
+    return _kept_table(*key)
 
 
 @lru_cache(maxsize=16)
-def _table(
-    layout: TokenLayout, head_dim: int, base: float, prefix: int, repeats: int, device: torch.device | None
+def _kept_table(
+    kind: str,
+    shape: tuple[tuple[int, ...], ...],
+    head_dim: int,
+    base: float,
+    prefix: int,
+    repeats: int,
+    device: torch.device | None,
 ) -> Tensor:
     # Never an inference tensor: those cannot be used in training.
     with torch.inference_mode(mode=False):
-        if layout.kind == "grid":
-            height, width = layout.shape[0]
+        if kind == "grid":
+            height, width = shape[0]
             table = grid_rotary(height, width, head_dim, base, prefix, device)
         else:
-            assert layout.kind == "sequence", f"there is no rotary embedding for {layout}"
-            table = sequence_rotary(prefix + layout.positions, head_dim, base, device)
+            assert kind == "sequence", f"there is no rotary embedding for {kind}"
+            table = sequence_rotary(prefix + shape[0][0], head_dim, base, device)
         return torch.cat([table[:prefix], table[prefix:].repeat_interleave(repeats, dim=0)])
 
 

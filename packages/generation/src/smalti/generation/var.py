@@ -24,8 +24,9 @@ from smalti.core.tokenizer import ComposedTokenizer
 from smalti.generation.attention import BlockCausal
 from smalti.generation.blocks import Architecture
 from smalti.generation.checks import Heads, check_batch
-from smalti.generation.conditions import ClassPrefix
+from smalti.generation.conditions import ClassPrefix, dropped_labels
 from smalti.generation.decoding import decoding
+from smalti.generation.losses import named_terms
 from smalti.generation.norms import ModulatedNorm
 from smalti.generation.sampling import TokenSampler
 from smalti.generation.transformer import Transformer, initialise, initialise_modulation
@@ -123,6 +124,7 @@ class VAR(Generator):
     """
 
     options: VAROptions
+    newest_weight: Tensor
 
     def __init__(self, options: VAROptions, layout: TokenLayout, classes: int) -> None:
         super().__init__(options, layout, classes)
@@ -133,6 +135,10 @@ class VAR(Generator):
         self.output = nn.Linear(dim, sum(layout.vocab))
         self.inputs = ScaleInputs(layout, dim, options.masking)
         self.areas = self.inputs.areas
+        if options.growth is not None:
+            # Not a number, which would be a constant of a compiled forward pass.
+            self.register_buffer("newest_weight", torch.tensor(1.0), persistent=False)
+        self.begin_step(0)
         self._initialise()
         if options.code_width is not None:
             self.inputs.take_width(options.code_width)
@@ -141,7 +147,7 @@ class VAR(Generator):
 
     @property
     def quantizer(self) -> Quantizer:
-        """That of the tokenizer, in evaluation mode and without gradients; a `UserError` where there is none."""
+        """That of the tokenizer, frozen; a `UserError` where there is none."""
         return self.inputs.held()
 
     def attach(self, tokenizer: Tokenizer) -> None:
@@ -158,7 +164,11 @@ class VAR(Generator):
 
     def begin_step(self, step: int) -> None:
         """Growth and masking go by the step."""
-        self.inputs.step = step
+        self.inputs.begin_step(step)
+        growth = self.options.growth
+        if growth is not None:
+            self.learned_scales = growth.scales(step, len(self.areas))
+            self.newest_weight.fill_(growth.weight(step, len(self.areas)))
 
     def loss(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Mean cross entropy over all positions, one term per stream; with `growth` of the scales there are by then.
@@ -169,22 +179,19 @@ class VAR(Generator):
             UserError: tokens or labels of a wrong shape or out of range; no tokenizer was attached.
         """
         check_batch(tokens, labels, self.token_layout, self.classes)
-        layout, null, growth = self.token_layout, None, self.options.growth if self.training else None
-        if self.training and self.options.label_dropout:
-            null = torch.rand(labels.shape, device=labels.device) < self.options.label_dropout
-        count = len(self.areas) if growth is None else growth.scales(self.inputs.step, len(self.areas))
+        null = dropped_labels(labels, self.options.label_dropout) if self.training else None
+        grows = self.training and self.options.growth is not None
+        count = self.learned_scales if grows else len(self.areas)
         tokens = tokens[:, : sum(self.areas[:count])]
         terms = []
         for stream, logits in enumerate(self._logits(tokens, labels, null)):
             losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, :, stream], reduction="none").mean(0)
-            if growth is not None:
+            if grows:
                 weights = torch.ones_like(losses)
-                weights[-self.areas[count - 1] :] = growth.weight(self.inputs.step, len(self.areas))
+                weights[-self.areas[count - 1] :] = self.newest_weight
                 losses = weights * losses
-            terms.append(losses.sum() / layout.positions)
-        if len(terms) == 1:
-            return {"cross_entropy": terms[0]}
-        return {f"cross_entropy_{stream}": term / len(terms) for stream, term in enumerate(terms)}
+            terms.append(losses.sum() / self.token_layout.positions)
+        return named_terms([term / len(terms) for term in terms])
 
     def logits(self, tokens: Tensor, labels: Tensor) -> list[Tensor]:
         """Logits of every token given the scales before its own (teacher forcing).
@@ -255,11 +262,13 @@ class VAR(Generator):
             smooth: as of `draw`.
 
         Raises:
-            UserError: as `draw`; a mask of another grid.
+            UserError: as `draw`; a mask of another grid; no labels for a model that was trained without label dropout.
         """
         kept = Kept(tokens, kept_positions(mask, self.token_layout).to(tokens.device))
         check_batch(tokens, labels, self.token_layout, self.classes)
         if labels is None:
+            if self.options.label_dropout == 0:
+                raise UserError("editing without labels needs a generator trained with label_dropout above 0")
             labels = torch.full((len(tokens),), self.classes, device=tokens.device)
         return self._drawn(labels, settings, indices, smooth, kept)
 

@@ -36,13 +36,17 @@ def inside_box(layout: TokenLayout, top: float, left: float, bottom: float, righ
         right: as `left`.
 
     Raises:
-        UserError: a box that is not inside the image, or empty.
+        UserError: a box that is not inside the image, or holds no cell of the grid.
     """
     if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
         raise UserError(f"a box has 0 <= top < bottom <= 1 and 0 <= left < right <= 1, got {top, left, bottom, right}")
     height, width = layout.shape[-1]
+    rows = slice(round(top * height), round(bottom * height))
+    columns = slice(round(left * width), round(right * width))
+    if rows.start == rows.stop or columns.start == columns.stop:
+        raise UserError(f"a box holds at least one cell of the grid {height}x{width}, got {top, left, bottom, right}")
     mask = torch.zeros(height, width, dtype=torch.bool)
-    mask[round(top * height) : round(bottom * height), round(left * width) : round(right * width)] = True
+    mask[rows, columns] = True
     return mask
 
 
@@ -60,9 +64,10 @@ def kept_positions(mask: Tensor, layout: TokenLayout) -> Tensor:
         UserError: a mask of another type or grid.
     """
     if mask.dtype != torch.bool or tuple(mask.shape) != layout.shape[-1]:
-        wanted = ", ".join(map(str, layout.shape[-1]))
-        raise UserError(f"the mask must be bool ({wanted}), the grid of the last scale, got {mask.dtype} "
-                        f"{tuple(mask.shape)}")  # fmt: skip
+        raise UserError(
+            f"the mask must be bool {layout.shape[-1]}, the grid of the last scale, got {mask.dtype} "
+            f"{tuple(mask.shape)}"
+        )
     kept = []
     for height, width in layout.shape:
         if height * width <= ALWAYS_KEPT:

@@ -15,7 +15,7 @@ from smalti.core.contracts import Quantizer
 from smalti.core.errors import UserError
 from smalti.core.layout import TokenLayout
 from smalti.generation.transformer import initialise
-from smalti.generation.var_training import Masking
+from smalti.generation.var_training import Masking, drawn_mask
 
 
 class ScaleInputs(nn.Module):
@@ -28,26 +28,33 @@ class ScaleInputs(nn.Module):
 
     Attributes:
         areas: p_k of each scale.
-        step: of training.
         words: C to D, where C is known.
         quantizer: that of the tokenizer, frozen, where one is held.
     """
 
     words: nn.Linear
     quantizer: Quantizer
+    masked_share: Tensor
 
     def __init__(self, layout: TokenLayout, dim: int, masking: Masking | None) -> None:
         super().__init__()
         self.areas = [math.prod(grid) for grid in layout.shape]
-        self.masking, self.step = masking, 0
+        self.masking = masking
         self.start = nn.Parameter(torch.empty(self.areas[0], dim))
         self.positions = nn.Parameter(torch.empty(layout.positions, dim))
         self.scales = nn.Embedding(len(self.areas), dim)
         if masking is not None:
             self.masked_word = nn.Parameter(torch.empty(dim))
+            # Not a number, which would be a constant of a compiled forward pass.
+            self.register_buffer("masked_share", torch.tensor(masking.bound(0)), persistent=False)
         self.std = math.sqrt(1 / (3 * dim))
         for weight in self.parameters():
             nn.init.normal_(weight, std=self.std)
+
+    def begin_step(self, step: int) -> None:
+        """Masking goes by the step."""
+        if self.masking is not None:
+            self.masked_share.fill_(self.masking.bound(step))
 
     def take_width(self, width: int) -> None:
         """Build `words` for a latent of that width, where there are none yet.
@@ -130,5 +137,5 @@ class ScaleInputs(nn.Module):
     def _masked(self, words: Tensor) -> Tensor:
         if self.masking is None or not self.training:
             return words
-        masked = self.masking.drawn(words, self.step)
+        masked = drawn_mask(words, self.masked_share)
         return torch.where(masked[..., None], self.masked_word.to(words.dtype), words)

@@ -9,7 +9,7 @@ import math
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from smalti.core.options import Options
@@ -31,6 +31,14 @@ class Growth(Options):
     end: Annotated[int, Field(ge=1)]
     ramp: Annotated[int, Field(ge=1)] = 1
     lowest: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+    @field_validator("end")
+    @classmethod
+    def _comes_last(cls, end: int, info: ValidationInfo) -> int:
+        start = info.data.get("start")
+        if start is not None and end < start:
+            raise ValueError(f"growth cannot end before it starts, at step {start}")
+        return end
 
     def scales(self, step: int, count: int) -> int:
         """How many of `count` scales are learned at a step."""
@@ -60,8 +68,12 @@ class Masking(Options):
     share: Annotated[float, Field(gt=0, le=1)]
     steps: Annotated[int, Field(ge=1)]
 
-    def drawn(self, words: Tensor, step: int) -> Tensor:
-        """Which of the words `(B, L, D)` are replaced, bool `(B, L)`."""
-        bound = self.share * max(1 - step / self.steps, 0.0)
-        shares = torch.rand(len(words), 1, device=words.device) * bound
-        return torch.rand(words.shape[:2], device=words.device) < shares
+    def bound(self, step: int) -> float:
+        """The largest share at a step."""
+        return self.share * max(1 - step / self.steps, 0.0)
+
+
+def drawn_mask(words: Tensor, bound: Tensor) -> Tensor:
+    """Which words `(B, L, D)` are replaced, bool `(B, L)`: of every sample a share drawn uniformly up to `bound`."""
+    shares = torch.rand(len(words), 1, device=words.device) * bound
+    return torch.rand(words.shape[:2], device=words.device) < shares

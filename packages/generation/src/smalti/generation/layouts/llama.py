@@ -14,7 +14,7 @@ from smalti.core.errors import UserError
 SIDE = 16
 """Of the token grid, which no weight tells, at 256 pixels."""
 
-HEADS = {2560: 40, 3200: 32, 4096: 32}
+HEADS = {3200: 32, 4096: 32}
 """By width, where a head is not 64 wide."""
 
 RUN_TIME = ("freqs_cis", "*.kv_cache.*", "*.attn.mask")

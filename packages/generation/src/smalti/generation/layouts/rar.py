@@ -9,6 +9,7 @@ from typing import Any
 from smalti.core.checkpoints.layout import CheckpointLayout, Shapes, count
 from smalti.core.checkpoints.rules import Rename, Rule
 from smalti.generation.layouts.tables import JointTable, Reordered, Rows
+from smalti.generation.layouts.vit import block_rules
 
 SPARE = {"positions": 1024, "times": 100}
 """Rows of the published tables beyond the number of tokens."""
@@ -62,14 +63,9 @@ class RARLayout(CheckpointLayout):
             Rows("pos_embed", "positions", 0, length + 2, positions),
             Rows("target_aware_pos_embed", "targets", 2, length, positions),
             Rows("timesteps_embeddings", "times", 0, length + 1, times),
-            Rename(f"{block}.norm1.*", f"{ours}.attention_norm.*"),
-            Rename(f"{block}.attn.qkv.*", f"{ours}.attention.qkv.*"),
+            *block_rules(block, ours),
             Rename(f"{block}.attn.q_norm.*", f"{ours}.attention.query_norm.*"),
             Rename(f"{block}.attn.k_norm.*", f"{ours}.attention.key_norm.*"),
-            Rename(f"{block}.attn.proj.*", f"{ours}.attention.out.*"),
-            Rename(f"{block}.norm2.*", f"{ours}.ffn_norm.*"),
-            Rename(f"{block}.mlp.fc1.*", f"{ours}.ffn.up.*"),
-            Rename(f"{block}.mlp.fc2.*", f"{ours}.ffn.down.*"),
             Reordered(Rename(f"{block}.adaLN_modulation.1.*", f"{ours}.modulation.linear.*"), MODULATION),
             Rename("adaln_before_head.adaLN_modulation.1.*", "norm.modulation.linear.*"),
             Rename("lm_head.*", "outputs.0.*"),

@@ -8,6 +8,7 @@ from typing import Any
 from smalti.core.checkpoints.layout import CheckpointLayout, Shapes, count
 from smalti.core.checkpoints.rules import Fused, Rename, Rule
 from smalti.generation.layouts.tables import JointTable, SummedTables
+from smalti.generation.layouts.vit import block_rules
 
 HEADS = 16
 """Of the published models, whatever their width."""
@@ -86,27 +87,13 @@ def _bert(codes: str, classes: str, vocab: int) -> list[Rule]:
 
 
 def _uvit(codes: str, classes: str, vocab: int) -> list[Rule]:
-    places = {
-        "in_blocks.{layer}": "transformer.downward.{layer}",
-        "mid_block": "transformer.middle",
-        "out_blocks.{layer}": "transformer.upward.{layer}",
-    }
     return [
         JointTable("embeddings.weight", codes, classes, vocab, masked=True),
         Rename("pos_embed", "positions", squeeze=1),
         Rename("out_blocks.{layer}.skip_linear.*", "transformer.skips.{layer}.*"),
-        *[
-            Rename(f"{block}.{published}.*", f"{ours}.{name}.*")
-            for block, ours in places.items()
-            for published, name in {
-                "norm1": "attention_norm",
-                "attn.qkv": "attention.qkv",
-                "attn.proj": "attention.out",
-                "norm2": "ffn_norm",
-                "mlp.fc1": "ffn.up",
-                "mlp.fc2": "ffn.down",
-            }.items()
-        ],
+        *block_rules("in_blocks.{layer}", "transformer.downward.{layer}"),
+        *block_rules("mid_block", "transformer.middle"),
+        *block_rules("out_blocks.{layer}", "transformer.upward.{layer}"),
         Rename("norm.*", "norm.*"),
         Rename("lm_head.*", "outputs.0.*"),
     ]
