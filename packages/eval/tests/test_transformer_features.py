@@ -46,3 +46,16 @@ def test_missing_weights_say_where_to_get_them(tmp_path, name):
         UserError, match=r"download https://huggingface.co/\S+ and give its folder as extractor.model=F"
     ):
         registry().options("features", name)(model=str(tmp_path / "nothing")).build()
+
+
+def test_weights_of_another_network_are_refused(folders):
+    """Those that are missing would be drawn by chance."""
+    with pytest.raises(UserError) as error:
+        registry().options("features", "clip")(model=str(folders / "dinov2")).build()
+    assert str(error.value).startswith(
+        f"{folders / 'dinov2'} is damaged or holds no CLIPVisionModelWithProjection: it lacks vision_model."
+    )
+    weights = folders / "clip" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"clip is damaged or holds no CLIPVisionModelWithProjection: "):
+        registry().options("features", "clip")(model=str(folders / "clip")).build()

@@ -16,7 +16,7 @@ from torch import Tensor
 from smalti.core import weights
 from smalti.core.backbones.pretrained import import_extra
 from smalti.core.contracts import Features, check_pixels
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, few
 from smalti.core.options import FeaturesOptions
 
 
@@ -89,7 +89,7 @@ class TransformerFeatures(Features):
         model: a folder, or a hub repository.
 
     Raises:
-        UserError: there are no such weights.
+        UserError: there are no such weights, or they are those of another network.
     """
 
     def __init__(self, family: Family, model: str) -> None:
@@ -118,13 +118,19 @@ class TransformerFeatures(Features):
         return {"pool": self.family.pooled(self.network((values - mean) / std)).float()}
 
 
-def _loaded(kind: str, source: str) -> Any:
+def _loaded(network: str, model: str) -> Any:
     transformers = import_extra("transformers")
     try:
-        return getattr(transformers, kind).from_pretrained(source)
+        loaded, found = getattr(transformers, network).from_pretrained(model, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the weights of {source} are neither a folder here nor in the hub's cache, and could not be fetched "
-            f"({type(error).__name__}): download https://huggingface.co/{source} "
+            f"the weights of {model} are neither a folder here nor in the hub's cache, and could not be fetched "
+            f"({type(error).__name__}): download https://huggingface.co/{model} "
             "and give its folder as extractor.model=FOLDER"
         ) from None
+    except Exception as error:  # of damaged files, and of those of other networks, errors of many types come
+        problem = " ".join(str(error).split())[:200]
+        raise UserError(f"{model} is damaged or holds no {network}: {problem}") from error
+    if found["missing_keys"]:  # transformers would draw them by chance
+        raise UserError(f"{model} is damaged or holds no {network}: it lacks {few(sorted(found['missing_keys']))}")
+    return loaded
