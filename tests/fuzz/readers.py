@@ -51,6 +51,7 @@ from smalti.core.run_folder import RunFolder
 from smalti.core.training.loop import train
 from smalti.core.training.options import Optimization
 from smalti.core.training.task import Task
+from smalti.eval.comparison import compared
 from smalti.eval.evaluation_sides import opened_statistics
 from smalti.eval.image_source import stored_images
 from smalti.eval.protocols import Protocol
@@ -531,6 +532,24 @@ def _read_npz(folder: Path) -> None:
         assert sum(len(images) for images, _ in archive.batches(2)) == len(archive)
 
 
+def _seed_results(folder: Path) -> None:
+    result = {
+        "protocol": {"name": "toy", "neighbours": 3, "preprocessing": None},
+        "extractor": {"name": "small", "fingerprint": "f"},
+        "reference": {"source": "b", "kind": "images", "count": 40, "sha256": "0"},
+        "images": {"source": "a", "count": 40},
+        "figures": {name: {"title": name, "value": 1.5, "better": "lower"} for name in ("FID", "KID")},
+    }
+    for name in ("one.json", "two.json"):
+        (folder / name).write_text(json.dumps(result, indent=2))
+
+
+def _read_results(folder: Path) -> None:
+    for row in compared(folder / "one.json", folder / "two.json"):
+        assert row.title.isprintable()
+        assert isinstance(row.second - row.first, float)
+
+
 def _read_texts(folder: Path) -> None:
     path = _only(folder)
     text_of(Record(str(path), b"", 0, None, path.read_bytes()))
@@ -560,4 +579,5 @@ READERS = {
     "run": Reader(_seed_run, _read_run),
     "recipes": Reader(_seed_recipes, _read_recipe),
     "npz": Reader(_seed_npz, _read_npz),
+    "results": Reader(_seed_results, _read_results),
 }

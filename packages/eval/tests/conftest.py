@@ -35,6 +35,23 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def figure_names():
+    """What the evaluation of a run measures, in this order."""
+    return [
+        "psnr",
+        "ssim",
+        "codebook_usage",
+        "codebook_perplexity",
+        "classified_as_intended",
+        "classifier_accuracy",
+        "frechet_distance",
+        "frechet_distance_real",
+        "precision",
+        "recall",
+    ]
+
+
 @pytest.fixture(scope="session")
 def inception_file(tmp_path_factory):
     """Seeded weights under the names and shapes of torch-fidelity's file, of a size that keeps features alive."""

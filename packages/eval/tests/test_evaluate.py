@@ -15,20 +15,6 @@ from smalti.eval import evaluate as module
 from smalti.eval.classifier import Classifier
 from smalti.eval.classifier_training import ClassifierTask
 
-SUMMARY = [
-    "psnr",
-    "ssim",
-    "codebook_usage",
-    "codebook_perplexity",
-    "classified_as_intended",
-    "classifier_accuracy",
-    "frechet_distance",
-    "frechet_distance_real",
-    "precision",
-    "recall",
-    "seconds",
-]
-
 
 def evaluated(context):
     context.recipe.evaluate.build(context).run()
@@ -45,10 +31,10 @@ def outputs(run):
     return files
 
 
-def test_the_figures_of_a_run(prepared):
+def test_the_figures_of_a_run(prepared, figure_names):
     run = evaluated(prepared())
     summary = json.loads((run / "summary.json").read_text())
-    assert list(summary) == SUMMARY
+    assert list(summary) == [*figure_names, "seconds"]
     assert summary["seconds"] >= 120.5
     assert summary["classifier_accuracy"] == 1.0  # the three classes cannot be mistaken
     assert summary["classified_as_intended"] == pytest.approx(0.9)  # three samples look like another class
@@ -57,7 +43,7 @@ def test_the_figures_of_a_run(prepared):
     assert 0 < summary["recall"] <= 1
 
     results = json.loads((run / "evaluation" / "results.json").read_text())
-    assert list(results["figures"]) == SUMMARY[:-1]
+    assert list(results["figures"]) == figure_names
     assert "not FID" in results["protocol"]["note"]
     classifier = Classifier.from_pretrained(run / "evaluation" / "classifier")
     assert results["protocol"]["classifier"]["fingerprint"] == classifier.fingerprint
@@ -183,6 +169,22 @@ def test_other_classes_to_train_on_are_refused(prepared, content):
     context = prepared(data={**data, "train": {**data["train"], "classes": 5}})
     with pytest.raises(UserError, match=r"has 5 classes to train on, the validation images 3$"):
         evaluated(context)
+
+
+def test_one_class_and_tiny_images_are_refused_before_any_work(prepared, content, samples):
+    one = {name: {**options, "classes": 1} for name, options in content["data"].items()}
+    context = prepared("one", data=one)
+    with pytest.raises(UserError) as error:
+        evaluated(context)
+    assert str(error.value) == (
+        f"{context.recipe.data.validation.build().name} has 1 classes, the classifier that judges samples needs 2 or "
+        "more: leave evaluation out with evaluate=null"
+    )
+    tiles = {"name": "tiles", "preprocessing": {"image_size": 8, "channels": 1, "fit": "center-crop"}}
+    context = prepared("tiny", images=samples[0][:, :8, :8], tokenizer=tiles)
+    with pytest.raises(UserError) as error:
+        evaluated(context)
+    assert str(error.value) == "images of 8 x 8 pixels are too small to evaluate: SSIM needs 11 or more"
 
 
 def test_the_plugin_registers_without_torch():

@@ -10,7 +10,7 @@ from smalti.core.errors import UserError
 from smalti.eval.class_metrics import accuracy, bias_warning, class_frechet_distances
 from smalti.eval.confidence import bootstrap, frechet_infinity
 from smalti.eval.density_coverage import density_coverage
-from smalti.eval.frechet import GaussianStatistics, frechet_distance
+from smalti.eval.frechet import frechet_distance, statistics_of
 from smalti.eval.inception_score import adm_inception_score, inception_score
 from smalti.eval.kernel_distance import cmmd, kernel_distance, kernel_distance_of_subsets
 
@@ -77,12 +77,6 @@ def test_cmmd_is_that_of_vectors_of_unit_length():
     expected = 1000 * (kernel(a, a) + kernel(b, b) - 2 * kernel(a, b))
     assert cmmd(samples, 3 * references) == pytest.approx(expected, rel=1e-9)
     assert cmmd(samples, samples) == pytest.approx(0, abs=1e-9)
-
-
-def statistics_of(rows):
-    statistics = GaussianStatistics()
-    statistics.update(rows)
-    return statistics
 
 
 def test_classes_have_distances_of_their_own():

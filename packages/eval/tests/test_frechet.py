@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalti.core.errors import UserError
-from smalti.eval.frechet import GaussianStatistics, frechet_distance, frechet_distance_of_rows
+from smalti.eval.frechet import GaussianStatistics, frechet_distance, frechet_distance_of_rows, statistics_of
 
 
 class Given(NamedTuple):
@@ -22,12 +22,6 @@ def normal(*shape, seed=0):
 
 def orthogonal(size, seed=0):
     return torch.linalg.qr(normal(size, size, seed=seed))[0]
-
-
-def statistics_of(features):
-    statistics = GaussianStatistics()
-    statistics.update(features)
-    return statistics
 
 
 @settings(deadline=None, max_examples=30)

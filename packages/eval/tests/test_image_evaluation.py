@@ -20,9 +20,11 @@ from smalti.core.progress import Reporter
 from smalti.core.testing.processes import run_in_processes
 from smalti.eval.comparison import compared
 from smalti.eval.evaluation_sides import Asked
+from smalti.eval.extraction import Wanted, extract
 from smalti.eval.frechet import frechet_distance_of_rows
 from smalti.eval.image_evaluation import evaluate_images
 from smalti.eval.image_report import write_evaluation
+from smalti.eval.made_images import GeneratorImages
 from smalti.eval.pairwise import psnr
 from smalti.eval.protocols import PROTOCOLS, Protocol, protocol
 from smalti.eval.statistics_of_images import statistics_of_images
@@ -203,7 +205,7 @@ def test_a_tokenizer_is_measured_in_process(folders, tmp_path):
     assert values(found) == pytest.approx(values(stored), rel=1e-9)
 
 
-def test_a_generator_is_measured_while_it_samples(prepared, folders, tmp_path):
+def test_a_generator_is_measured_while_it_samples(prepared, folders, tmp_path, monkeypatch):
     from smalti.core.files import write_json
     from smalti.core.stages.sample import Sample
     from smalti.core.weights import fingerprint
@@ -227,6 +229,47 @@ def test_a_generator_is_measured_while_it_samples(prepared, folders, tmp_path):
     stored = evaluated(str(context.run / "samples" / "samples.npz"), folders[1], ("fid",))
     assert stored.record["images"]["sha256"] == found.record["images"]["sha256"]
     assert values(stored) == pytest.approx(values(found), rel=1e-9)
+    with pytest.raises(UserError) as error:
+        evaluated(f"generator:{context.run.path}", folders[1], ("psnr",))
+    assert str(error.value) == "psnr compares pairs, but samples of a generator have no counterparts"
+
+    source = GeneratorImages(context.run.path, None, "cpu")
+    source.together = 20  # in blocks of its own, which may be larger than an even share
+    for world_size in (1, 2, 3):
+        for rank in range(world_size):
+            taken = sum(len(batch.images) for batch in source.batches(1, rank, world_size))
+            assert source.share(1, rank, world_size) == taken
+    monkeypatch.setattr("smalti.eval.extraction.distributed.world_size", lambda: 2)
+    extractor = registry().options("features", "small-network")().build()
+    own = extract(source, extractor, Wanted(rows=frozenset({"pool"})), 1, "cpu", QUIET)
+    assert own.rows["pool"].shape == (20, 6)
+
+
+def test_pairs_alone_need_no_features_and_tell_their_reference(folders, tmp_path, monkeypatch):
+    network = type(registry().options("features", "small-network")().build())
+    monkeypatch.setattr(network, "forward", pytest.fail)
+    (tmp_path / "others").mkdir()
+    for index, image in enumerate(pictures(2)):
+        Image.fromarray(image).save(tmp_path / "others" / f"{index:02d}.png")
+    for name, reference in (("one", folders[1]), ("two", str(tmp_path / "others"))):
+        found = evaluated(folders[0], reference, ("psnr",))
+        assert found.record["reference"]["count"] == 40
+        assert found.summary == f"{folders[0]} against {reference} (40 images)."
+        write_evaluation(tmp_path / name, found)
+    with pytest.raises(UserError, match=r"are not comparable: reference.sha256 is '[0-9a-f]{64}' and '[0-9a-f]{64}'$"):
+        compared(*(tmp_path / name / "results.json" for name in ("one", "two")))
+
+
+def test_colours_are_not_cut_for_a_grey_tokenizer(folders, tmp_path):
+    registry().options("tokenizer", "tiles")().build().save_pretrained(tmp_path / "tokenizer")
+    np.savez(tmp_path / "colours.npz", pictures(0))
+    with pytest.raises(UserError) as error:
+        evaluated(f"tokenizer:{tmp_path / 'tokenizer'}", str(tmp_path / "colours.npz"), ("fid",))
+    assert str(error.value) == (
+        f"{tmp_path / 'colours.npz'} holds images in colour, but the tokenizer takes grey ones: bring them to grey "
+        "first"
+    )
+    assert evaluated(f"tokenizer:{tmp_path / 'tokenizer'}", folders[1], ("fid",)).figures
 
 
 def test_pairs_must_be_pairs(folders, tmp_path):
@@ -238,11 +281,15 @@ def test_pairs_must_be_pairs(folders, tmp_path):
         "metrics of pairs need the images in the same order, but zebra.png would be compared with 39.png: give the "
         "reconstructions the names of their originals"
     )
+    (copies / "zebra.png").rename(copies / "39.png")
+    Image.new("RGB", (9, 16)).save(copies / "05.png")
+    with pytest.raises(UserError, match=r"^image 5 and its counterpart in .*originals are of different sizes: "):
+        evaluated(*folders, ("psnr",))
     Image.new("RGB", (9, 16)).save(copies / "00.png")
     with pytest.raises(
-        UserError, match=r"^image 0 has 16x9 pixels, its counterpart in .*originals 16x16: metrics of pairs"
+        UserError, match=r"^image 0 and its counterpart in .*originals are of different sizes: metrics of pairs need"
     ):
-        evaluated(*folders, ("psnr",), batch_size=1)
+        evaluated(*folders, ("psnr",))
     (copies / "00.png").unlink()
     with pytest.raises(UserError, match=r"^psnr compares pairs, but there are 39 images and 40 references$"):
         evaluated(*folders, ("psnr",))
@@ -363,6 +410,3 @@ def test_only_what_is_comparable_is_compared(folders, tmp_path):
     assert str(error.value) == f"{paths['one']} and {paths['fewer']} are not comparable: images.count is 40 and 20"
     with pytest.raises(UserError, match=r"are not comparable: protocol.neighbours is 3 and 5$"):
         compared(paths["one"], paths["other"])
-    (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(UserError, match=r"x.json is no result of `smalti evaluate images`$"):
-        compared(paths["one"], tmp_path / "x.json")

@@ -1,5 +1,6 @@
 import io
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -161,3 +162,32 @@ def test_nothing_is_lost_between_processes(folder):
     sizes = [sum(len(batch.images) for batch in stored_images(str(folder)).batches(2, rank, 3)) for rank in range(3)]
     assert sizes == [3, 2, 2]
     assert torch.tensor(sizes).sum() == 7
+
+
+def test_what_follows_the_images_does_not_move_them(tmp_path):
+    buffer = io.BytesIO()
+    np.save(buffer, COLOUR)
+    with zipfile.ZipFile(tmp_path / "images.npz", "w") as archive:
+        archive.writestr("arr_0.npy", buffer.getvalue() + b"more")
+    for world_size in (1, 2):
+        np.testing.assert_array_equal(everything(stored_images(str(tmp_path / "images.npz")), 3, world_size), COLOUR)
+
+
+def test_labels_that_are_no_classes(folder, tmp_path):
+    (folder / "0.png").rename(folder / "z" / "0.png")
+    (folder / ".hidden").mkdir()
+    for index in range(1, 6):
+        (folder / f"{index}.png").rename(folder / ".hidden" / f"{index}.png")
+    with pytest.raises(UserError, match=r"images does not tell the classes of its images: a folder has a folder for "):
+        _ = stored_images(str(folder)).labels
+    png = (folder / "z" / "0.png").read_bytes()
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("0.png", png), ("0.cls", b"9" * 5000)):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(UserError) as error:
+        _ = stored_images(str(tmp_path / "a.tar")).labels
+    assert str(error.value) == (
+        f"the label of image 0.png of {tmp_path / 'a.tar'} is b'{'9' * 20}', expected a number of at most 7 digits"
+    )

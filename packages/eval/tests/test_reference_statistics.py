@@ -8,7 +8,7 @@ import torch
 
 from smalti.core.errors import UserError
 from smalti.eval.evaluation_sides import opened_statistics
-from smalti.eval.frechet import GaussianStatistics, frechet_distance
+from smalti.eval.frechet import frechet_distance, statistics_of
 from smalti.eval.npz_images import NpzImages
 from smalti.eval.reference_statistics import is_statistics, read_statistics, write_statistics
 
@@ -18,9 +18,7 @@ ROWS = torch.from_numpy(RANDOM.normal(size=(20, 3)))
 
 @pytest.fixture
 def statistics():
-    found = GaussianStatistics()
-    found.update(ROWS)
-    return found
+    return statistics_of(ROWS)
 
 
 def test_ours_come_back_with_their_protocol_and_are_read_as_others_are(tmp_path, statistics):
@@ -64,11 +62,28 @@ def test_files_of_others(tmp_path):
         ({"mu": np.zeros(3)}, " has no statistics, expected arrays mu (D,) and sigma (D, D)"),
         (
             {"mu": np.zeros(3), "sigma": np.zeros((2, 2))},
-            ": mu (3,) and sigma (2, 2) are no mean (D,) and covariance (D, D)",
+            ": mu float64 (3,) and sigma float64 (2, 2) are no mean (D,) and covariance (D, D)",
         ),
         (
             {"mu": np.full(3, np.nan), "sigma": np.eye(3)},
             ": mu and sigma hold values that are not finite",
+        ),
+        (
+            {"mu": np.array([{}], dtype=object), "sigma": np.eye(1)},
+            ": mu object (1,) and sigma float64 (1, 1) are no mean (D,) and covariance (D, D)",
+        ),
+        (
+            {"mu": np.zeros(2), "sigma": np.array([["1", "0"], ["0", "1"]])},
+            ": mu float64 (2,) and sigma <U1 (2, 2) are no mean (D,) and covariance (D, D)",
+        ),
+        (
+            {"mu": np.zeros(1), "sigma": np.eye(1), "count": np.array([5])},
+            " is damaged: count is int64 (1,), expected a single value",
+        ),
+        (
+            {"mu": np.zeros(1), "sigma": np.eye(1), "protocol": np.array("{")},
+            " is damaged: its protocol is no JSON: Expecting property name enclosed in double quotes: line 1 column 2 "
+            "(char 1)",
         ),
     ],
 )
@@ -80,11 +95,21 @@ def test_other_arrays_are_refused(tmp_path, arrays, problem):
     assert str(error.value) == f"{path}{problem}"
 
 
-def test_a_file_that_holds_objects_is_not_run(tmp_path):
+def test_vast_arrays_are_not_unpacked(tmp_path, monkeypatch):
+    """A megabyte of zeros packed together unfolds to a thousand."""
+    monkeypatch.setattr("smalti.eval.reference_statistics.WIDEST", 100)
+    monkeypatch.setattr("smalti.eval.reference_statistics.values_of", pytest.fail)
     path = tmp_path / "x.npz"
-    np.savez(path, mu=np.array([{}], dtype=object), sigma=np.eye(1))
-    with pytest.raises(UserError, match=r"x.npz is damaged or not a file of statistics: Object arrays cannot"):
+    np.savez_compressed(path, mu=np.zeros(101), sigma=np.zeros((101, 101)))
+    with pytest.raises(UserError) as error:
         read_statistics(path)
+    assert str(error.value) == f"{path}: mu is of 101 values, statistics are read of up to 100"
+
+
+def test_a_covariance_may_lie_in_the_order_of_columns(tmp_path, statistics):
+    path = tmp_path / "x.npz"
+    np.savez(path, mu=statistics.mean.numpy(), sigma=np.asfortranarray(statistics.covariance.numpy()))
+    torch.testing.assert_close(read_statistics(path).statistics["pool"].covariance, statistics.covariance)
 
 
 def _zip(path, member, compress=False):

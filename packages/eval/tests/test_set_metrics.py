@@ -8,7 +8,7 @@ import torch
 from smalti.core.contracts import Features
 from smalti.core.errors import UserError
 from smalti.core.testing.processes import run_in_processes
-from smalti.eval.frechet import GaussianStatistics, frechet_distance
+from smalti.eval.frechet import frechet_distance, statistics_of
 from smalti.eval.metric import merged_over_processes
 from smalti.eval.set_metrics import (
     CMMD,
@@ -118,10 +118,7 @@ class Means(Features):
 def test_images_go_through_the_extractor():
     generator = torch.Generator().manual_seed(0)
     images, others = (torch.randint(0, 256, (20, 4, 4, 3), dtype=torch.uint8, generator=generator) for _ in "ab")
-    reference = GaussianStatistics()
-    reference.update(others.double().mean((1, 2)))
-    statistics = GaussianStatistics()
-    statistics.update(images.double().mean((1, 2)))
+    statistics, reference = (statistics_of(pixels.double().mean((1, 2))) for pixels in (images, others))
     expected = frechet_distance(statistics, reference)
     assert FrechetDistance(reference, extractor=Means()).update(images).compute() == pytest.approx(expected, rel=1e-12)
     assert InceptionScore(2, extractor=Means()).update(images).compute().mean > 1
@@ -137,9 +134,7 @@ def test_references_do_not_count_as_samples():
 
 
 def test_given_statistics_take_no_more_images():
-    reference = GaussianStatistics()
-    reference.update(features(20, 0))
-    metric = FrechetDistance(reference).update(features(20, 1)).update(features(5, 2), real=True)
+    metric = FrechetDistance(statistics_of(features(20, 0))).update(features(20, 1)).update(features(5, 2), real=True)
     with pytest.raises(UserError) as error:
         metric.compute()
     assert str(error.value) == "a Frechet distance was given statistics to compare with and 5 images"

@@ -1,6 +1,7 @@
 """The tokens of a tokenizer and of shards to figures of codes."""
 
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -87,6 +88,27 @@ def test_a_tokenizer_encodes_images(tmp_path):
     assert not any(figure.parts for figure in evaluation.figures)
     (fewer, *_) = found(f"tokenizer:{tmp_path / 'tokenizer'}", tmp_path / "images", count=1).figures
     assert "tokens of 1 images" in fewer.measured
+
+
+def test_progress_counts_images_and_not_their_views(shards, monkeypatch):
+    seen = []
+
+    @contextmanager
+    def progress(self, title, total, done=0, unit="it"):
+        yield lambda amount=1, note=None: seen.append((amount, total))
+
+    monkeypatch.setattr(Reporter, "progress", progress)
+    found(shards[0], batch_size=20)
+    assert seen == [(20, 30), (10, 30)]
+
+
+def test_shards_without_samples(tmp_path):
+    entry = write_token_shard(tmp_path / shard_name(0), [], np.zeros((0, 1, 5, 2), int), [], SCALES)
+    told = {"classes": ("a",), "tokenizer": "f", "dataset": "d", "views": ("original",), "shards": (entry,)}
+    write_manifest(tmp_path, TokenManifest(layout=SCALES, samples=0, **told))
+    with pytest.raises(UserError) as error:
+        found(tmp_path)
+    assert str(error.value) == f"{tmp_path} holds no tokens: its shards are empty"
 
 
 @pytest.mark.slow

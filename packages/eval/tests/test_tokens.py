@@ -70,6 +70,7 @@ def test_processes_add_up():
     ("action", "sentence"),
     [
         (lambda: TokenStatistics(SCALES, -1), "side information takes 0 bits or more, got -1"),
+        (lambda: TokenStatistics(SCALES, math.nan), "side information takes 0 bits or more, got nan"),
         (
             lambda: TokenStatistics(TokenLayout.grid(2, 2, (2**25,))),
             f"a histogram of {2**25} codes is too large to count",

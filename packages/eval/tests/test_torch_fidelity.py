@@ -8,7 +8,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from smalti.eval.frechet import GaussianStatistics, frechet_distance
+from smalti.eval.frechet import frechet_distance, statistics_of
 from smalti.eval.inception_score import inception_score
 from smalti.eval.kernel_distance import kernel_distance_of_subsets
 from smalti.eval.precision_recall import precision_recall
@@ -26,10 +26,8 @@ def sets():
 
 def test_frechet_distance(sets):
     expected = fid_statistics_to_metric(*map(fid_features_to_statistics, sets), verbose=False)
-    statistics = GaussianStatistics(), GaussianStatistics()
-    for one, rows in zip(statistics, sets, strict=True):
-        one.update(rows)
-    assert frechet_distance(*statistics) == pytest.approx(expected["frechet_inception_distance"], rel=RELATIVE)
+    found = frechet_distance(*map(statistics_of, sets))
+    assert found == pytest.approx(expected["frechet_inception_distance"], rel=RELATIVE)
 
 
 @pytest.mark.parametrize(("splits", "shuffle"), [(10, True), (7, True), (1, False)])

@@ -30,9 +30,9 @@ def test_features_are_those_of_the_network_on_pillows_pixels(folders, name, side
     assert found.shape == (2, width)
     pixels = np.stack([Image.fromarray(image.numpy()).resize((side, side), Image.BICUBIC) for image in IMAGES])
     values = torch.from_numpy(pixels).movedim(-1, 1) / 255
-    normalised = (values - torch.tensor(extractor.mean)[:, None, None]) / torch.tensor(extractor.std)[:, None, None]
+    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (extractor.family.mean, extractor.family.std))
     with torch.inference_mode():
-        outputs = extractor.network(pixel_values=normalised)
+        outputs = extractor.network(pixel_values=(values - mean) / std)
     expected = outputs.last_hidden_state[:, 0] if name == "dinov2" else outputs.image_embeds
     torch.testing.assert_close(found, expected)
     assert len(extractor.fingerprint) == 16
@@ -46,3 +46,16 @@ def test_missing_weights_say_where_to_get_them(tmp_path, name):
         UserError, match=r"download https://huggingface.co/\S+ and give its folder as extractor.model=F"
     ):
         registry().options("features", name)(model=str(tmp_path / "nothing")).build()
+
+
+def test_weights_of_another_network_are_refused(folders):
+    """Those that are missing would be drawn by chance."""
+    with pytest.raises(UserError) as error:
+        registry().options("features", "clip")(model=str(folders / "dinov2")).build()
+    assert str(error.value).startswith(
+        f"{folders / 'dinov2'} is damaged or holds no CLIPVisionModelWithProjection: it lacks vision_model."
+    )
+    weights = folders / "clip" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"clip is damaged or holds no CLIPVisionModelWithProjection: "):
+        registry().options("features", "clip")(model=str(folders / "clip")).build()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smalti.core.codebook_health import CodebookHealth
 from smalti.eval.distances import centre_of, moved, radii
-from smalti.eval.frechet import GaussianStatistics, frechet_distance
+from smalti.eval.frechet import frechet_distance, statistics_of
 from smalti.eval.inception_score import adm_inception_score, inception_score
 from smalti.eval.pairwise import pooled_psnr, psnr, ssim, ssim_reflected, ssim_uniform
 from smalti.eval.precision_recall import precision_recall
@@ -29,12 +29,6 @@ def _truncated(images: Tensor) -> Tensor:
     return (255 * ((images + 1) / 2).clamp(0, 1)).floor().to(torch.uint8)
 
 
-def _statistics(features: Tensor) -> GaussianStatistics:
-    statistics = GaussianStatistics()
-    statistics.update(features)
-    return statistics
-
-
 def _values(*numbers: float) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64)
 
@@ -46,7 +40,7 @@ def adm(case: Case, parity: ModuleType) -> Stages:
     logits = 2 * inputs["logits"]
     shares = precision_recall(samples, references, 3)
     metrics = _values(
-        frechet_distance(_statistics(references), _statistics(samples)),
+        frechet_distance(statistics_of(references), statistics_of(samples)),
         shares.precision,
         shares.recall,
         inception_score(logits, splits=1, seed=None).mean,
@@ -65,7 +59,7 @@ def gaussiantoken(case: Case, parity: ModuleType) -> Stages:
     clamped = copies.clamp(-1, 1), image.clamp(-1, 1)
     other = 1.3 * inputs["features_b"].double() + 0.2
     other[:, 0] += other[:, 1]
-    first, second = _statistics(inputs["features_a"].double()), _statistics(other)
+    first, second = statistics_of(inputs["features_a"].double()), statistics_of(other)
     shift = (first.mean - second.mean).square().sum()
     return {
         "ssim": ssim_uniform(*pair),

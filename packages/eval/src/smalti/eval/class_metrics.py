@@ -13,7 +13,7 @@ from torch import Tensor
 
 from smalti.core.errors import UserError
 from smalti.eval.feature_rows import check_features, check_sets
-from smalti.eval.frechet import GaussianStatistics, frechet_distance, frechet_distance_of_rows
+from smalti.eval.frechet import frechet_distance, frechet_distance_of_rows, statistics_of
 
 CLASS_FRECHET_DEFINITION = "Frechet distance of the samples of a class from the references of the same class"
 # Up to here the features of a class are compared without a D x D matrix.
@@ -84,10 +84,7 @@ def bias_warning(count: int, width: int) -> str:
 def _distance(own: Tensor, others: Tensor) -> float:
     if max(len(own), len(others)) <= FEW:
         return frechet_distance_of_rows(own, others)
-    statistics = GaussianStatistics(), GaussianStatistics()
-    for one, rows in zip(statistics, (own, others), strict=True):
-        one.update(rows)
-    return frechet_distance(*statistics)
+    return frechet_distance(statistics_of(own), statistics_of(others))
 
 
 def accuracy(logits: Tensor, labels: Tensor, top: int = 1) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from smalti.core.errors import UserError
 from smalti.eval.feature_rows import check_features
-from smalti.eval.frechet import Gaussian, GaussianStatistics, frechet_distance
+from smalti.eval.frechet import Gaussian, frechet_distance, statistics_of
 
 
 class Interval(NamedTuple):
@@ -112,9 +112,8 @@ def frechet_infinity(
     sizes = np.linspace(smallest, len(samples), points).astype(int)
     values = []
     for size in sizes.tolist():
-        statistics = GaussianStatistics()
-        statistics.update(samples[torch.from_numpy(random.permutation(len(samples))[:size]).to(samples.device)])
-        values.append(frechet_distance(statistics, reference))
+        drawn = torch.from_numpy(random.permutation(len(samples))[:size]).to(samples.device)
+        values.append(frechet_distance(statistics_of(samples[drawn]), reference))
     design = np.stack([np.ones(points), 1 / sizes], axis=1)
     (value, slope), *_ = np.linalg.lstsq(design, np.array(values), rcond=None)
     residual = np.sqrt(np.mean((design @ [value, slope] - values) ** 2))

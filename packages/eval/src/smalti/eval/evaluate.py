@@ -32,6 +32,7 @@ from smalti.eval.classifier_training import NAME as CLASSIFIER
 from smalti.eval.classifier_training import ClassifierTask, ClassifierTraining
 from smalti.eval.figures import Figure, library_versions
 from smalti.eval.judged import Judged, judge, measure_samples
+from smalti.eval.pairwise import SSIM_WINDOW
 from smalti.eval.reconstructions import Reconstructions, measure_reconstructions
 from smalti.eval.report import ClassRow, Report, render
 from smalti.eval.same_classes import SameClasses
@@ -90,8 +91,17 @@ class Evaluate(Stage):
         context = self.context
         tokenizer = Tokenizer.from_pretrained(context.run / "tokenizer").to(context.device)
         validation = context.recipe.data.validation.build()
+        if len(validation.classes) < 2:
+            raise UserError(
+                f"{validation.name} has {len(validation.classes)} classes, the classifier that judges samples needs 2 "
+                "or more: leave evaluation out with evaluate=null"
+            )
         samples = SampleArchive(context.run / "samples" / "samples.npz", len(validation.classes))
         size = tokenizer.preprocessing.image_size
+        if size < SSIM_WINDOW:
+            raise UserError(
+                f"images of {size} x {size} pixels are too small to evaluate: SSIM needs {SSIM_WINDOW} or more"
+            )
         if samples.shape[1:3] != (size, size):
             raise UserError(
                 f"{samples.path} holds images of {samples.shape[1]} x {samples.shape[2]} pixels, the tokenizer's "

@@ -13,7 +13,7 @@ from smalti.eval.evaluation_record import protocol_record
 from smalti.eval.image_source import ImageSource, stored_images
 from smalti.eval.made_images import GeneratorImages, TokenizerImages
 from smalti.eval.measures import Measure, union
-from smalti.eval.npz_images import array_names
+from smalti.eval.npz_images import IMAGES, array_names
 from smalti.eval.protocols import Protocol
 from smalti.eval.reference_statistics import StatisticsFile, is_statistics, read_statistics
 
@@ -121,10 +121,7 @@ def opened_images(
     if tokenizer is not None:
         assert references is not None
         return TokenizerImages(tokenizer, asked.images.removeprefix(TOKENIZER), references, asked.device)
-    if (
-        asked.images.endswith(".npz")
-        and is_statistics(Path(asked.images))
-        and "arr_0" not in array_names(Path(asked.images))
-    ):
+    path = Path(asked.images)
+    if path.suffix == ".npz" and is_statistics(path) and IMAGES not in array_names(path):
         raise UserError(f"{asked.images} holds statistics: give images first, the reference second")
     return stored_images(asked.images, preprocessing, asked.count)

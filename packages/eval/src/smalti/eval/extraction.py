@@ -16,7 +16,7 @@ from torch import Tensor
 from smalti.core import distributed
 from smalti.core.contracts import Features
 from smalti.core.errors import UserError
-from smalti.core.progress import Advance
+from smalti.core.progress import Reporter
 from smalti.eval.feature_rows import check_features
 from smalti.eval.frechet import Gaussian, GaussianStatistics
 from smalti.eval.image_source import ImageBatch, ImageSource
@@ -45,7 +45,6 @@ class Extracted:
         labels: their classes, int64 `(N,)`; empty unless they are wanted.
         sha256: of size and pixels of all images in order.
         jpegs: how many are stored as JPEG.
-        sizes: heights and widths that occur.
     """
 
     count: int
@@ -54,7 +53,6 @@ class Extracted:
     labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     sha256: str = ""
     jpegs: int = 0
-    sizes: set[tuple[int, int]] = field(default_factory=set)
 
 
 def extract(
@@ -63,10 +61,11 @@ def extract(
     wanted: Wanted,
     batch_size: int,
     device: str,
-    advance: Advance,
+    reporter: Reporter,
+    title: str = "images",
     watch: Callable[[ImageBatch], None] | None = None,
 ) -> Extracted:
-    """Show all images to the extractor, and each batch to `watch`.
+    """Show all images to the extractor, where features are wanted, and each batch to `watch`.
 
     Every process takes its share of the batches. Statistics are merged in float64 and rows come in the order of the
     images, so that neither the batch size nor the number of processes matters beyond what the network's own
@@ -76,34 +75,35 @@ def extract(
         UserError: an extractor without a wanted feature, features that are not finite, or what the source raises.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
+    names = wanted.statistics | wanted.rows
     statistics = {name: GaussianStatistics() for name in sorted(wanted.statistics)}
     rows: dict[str, Tensor] = {}
     digests: dict[int, bytes] = {}
-    jpegs, sizes, seen = 0, set(), 0
-    share = -(-len(source) // world_size) + batch_size  # an upper bound of this process's images
+    jpegs, seen = 0, 0
+    share = source.share(batch_size, rank, world_size)
     order: list[Tensor] = []
-    for batch in source.batches(batch_size, rank, world_size):
-        features = extractor(batch.images.to(device))
-        missing = (wanted.statistics | wanted.rows) - features.keys()
-        if missing:
-            raise UserError(f"the extractor gives no {min(missing)!r}, only {', '.join(features)}")
-        for name, accumulator in statistics.items():
-            accumulator.update(features[name])
-        for name in wanted.rows:
-            check_features(features[name], seen)
-            rows[name] = _with(rows.get(name), seen, features[name].float().cpu(), share)
-        order.append(batch.indices)
-        for place, image in zip(batch.indices.tolist(), batch.images, strict=True):
-            digests[place] = _digest(image)
-        jpegs, seen = jpegs + batch.jpegs, seen + len(batch.images)
-        sizes.add((batch.images.shape[1], batch.images.shape[2]))
-        advance(len(batch.images))
-        if watch is not None:
-            watch(batch)
+    with reporter.progress(title, share, unit="image") as advance:
+        for batch in source.batches(batch_size, rank, world_size):
+            features = extractor(batch.images.to(device)) if names else {}
+            missing = names - features.keys()
+            if missing:
+                raise UserError(f"the extractor gives no {min(missing)!r}, only {', '.join(features)}")
+            for name, accumulator in statistics.items():
+                accumulator.update(features[name])
+            for name in wanted.rows:
+                check_features(features[name], seen)
+                rows[name] = _with(rows.get(name), seen, features[name].float().cpu(), share)
+            order.append(batch.indices)
+            for place, image in zip(batch.indices.tolist(), batch.images, strict=True):
+                digests[place] = _digest(image)
+            jpegs, seen = jpegs + batch.jpegs, seen + len(batch.images)
+            advance(len(batch.images))
+            if watch is not None:
+                watch(batch)
     places = torch.cat(order) if order else torch.empty(0, dtype=torch.int64)
-    own = {name: rows[name][:seen] if name in rows else torch.empty(0, 0) for name in sorted(wanted.rows)}
+    own = {name: rows.get(name, torch.empty(0, 0)) for name in sorted(wanted.rows)}
     labels = source.labels if wanted.labels else torch.empty(0, dtype=torch.int64)
-    return _merged(Extracted(seen, statistics, own, labels, "", jpegs, sizes), places, digests)
+    return _merged(Extracted(seen, statistics, own, labels, "", jpegs), places, digests)
 
 
 def _with(rows: Tensor | None, seen: int, features: Tensor, share: int) -> Tensor:
@@ -122,7 +122,7 @@ def _digest(image: Tensor) -> bytes:
 
 def _merged(found: Extracted, places: Tensor, digests: dict[int, bytes]) -> Extracted:
     """What all processes found, in the order of the images; rows on the first process only."""
-    parts = distributed.gather_objects((found.count, found.statistics, found.jpegs, found.sizes, digests))
+    parts = distributed.gather_objects((found.count, found.statistics, found.jpegs, digests))
     statistics = {name: GaussianStatistics() for name in found.statistics}
     for _, others, *_ in parts:
         for name, accumulator in statistics.items():
@@ -137,8 +137,7 @@ def _merged(found: Extracted, places: Tensor, digests: dict[int, bytes]) -> Extr
         {name: gathered_rows(values, places) for name, values in found.rows.items()},
         found.labels,
         whole.hexdigest(),
-        sum(jpegs for _, _, jpegs, *_ in parts),
-        set().union(*(sizes for _, _, _, sizes, _ in parts)),
+        sum(jpegs for _, _, jpegs, _ in parts),
     )
 
 

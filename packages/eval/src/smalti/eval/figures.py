@@ -19,7 +19,7 @@ class Figure(Options):
         name: in `summary.json`.
         title: for people.
         value: the number, in `unit`.
-        unit: `dB`, `share` (0 to 1), `codes`, or empty.
+        unit: `dB`, `share` (0 to 1), `codes`, `bits`, or empty.
         better: which direction is.
         definition: formula, data range, paper.
         measured: what was measured, and how many.

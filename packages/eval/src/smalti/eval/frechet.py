@@ -154,6 +154,13 @@ class GaussianStatistics:
         return self
 
 
+def statistics_of(features: Tensor) -> GaussianStatistics:
+    """Mean and covariance of features `(N, D)` that are all there; errors as `GaussianStatistics.update`."""
+    statistics = GaussianStatistics()
+    statistics.update(features)
+    return statistics
+
+
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """The squared Frechet distance between two Gaussians (Dowson and Landau 1982), 0 for equal ones.
 

@@ -13,7 +13,7 @@ import torch
 
 from smalti.core import distributed
 from smalti.core.contracts import Features
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, few
 from smalti.core.options import Preprocessing
 from smalti.core.progress import Reporter
 from smalti.eval.evaluation_record import extractor_record, protocol_record, reference_record, warnings
@@ -77,52 +77,56 @@ def evaluate_images(asked: Asked, reporter: Reporter) -> Evaluation:
     tokenizer = opened_tokenizer(asked)
     preprocessing = protocol.preprocessing or (tokenizer.preprocessing if tokenizer is not None else None)
     references = opened_references(asked, statistics, measures, preprocessing, needed=bool(pair_metrics or tokenizer))
-    if statistics is not None and references is None and pair_metrics:
-        raise UserError(f"{min(pair_metrics)} compares images, but {asked.reference} holds statistics only")
     images = opened_images(asked, tokenizer, references, preprocessing)
-    if pair_metrics and references is not None and len(images) != len(references):
-        raise UserError(
-            f"{min(pair_metrics)} compares pairs, but there are {len(images)} images and {len(references)} references"
-        )
+    pairs = None
+    if pair_metrics:
+        assert references is not None  # they were needed
+        _check_pairs(min(pair_metrics), images, references)
+        pairs = ImagePairs(pair_metrics, references, asked.batch_size, asked.device)
     if "accuracy" in measures and isinstance(extractor, Inception):
         raise UserError(
             "accuracy needs a classifier of the images' own classes, and FID's Inception has 1008 others: take "
             "--protocol classifier extractor.folder=RUN/evaluation/classifier"
         )
     _check_classes(images, references, measures)
-    given = _measured_references(asked, references, statistics, extractor, measures, reporter)
+    given = _measured_references(asked, references, statistics, extractor, measures, reporter, paired=pairs is not None)
     wanted = union(measure.samples for measure in measures.values())
     if asked.repeats:
         wanted |= Wanted(rows=wanted.statistics)
-    pairs = (
-        ImagePairs(pair_metrics, references, asked.batch_size, asked.device) if pair_metrics and references else None
-    )
-    with reporter.progress("images", len(images), unit="image") as advance:
-        watch = pairs.watch if pairs is not None else None
-        found = extract(images, extractor, wanted, asked.batch_size, asked.device, advance, watch)
+    watch = pairs.watch if pairs is not None else None
+    found = extract(images, extractor, wanted, asked.batch_size, asked.device, reporter, watch=watch)
     results = pairs.results(protocol.batch_size, asked.repeats) if pairs is not None else None
     if distributed.rank() != 0:
         return Evaluation([], {})
     return _evaluation(asked, measures, extractor, images, found, statistics, given, results, preprocessing)
 
 
+def _check_pairs(name: str, images: ImageSource, references: ImageSource) -> None:
+    """Raise a `UserError` unless the images can have counterparts."""
+    if images.made_by == "generator":
+        raise UserError(f"{name} compares pairs, but samples of a generator have no counterparts")
+    if len(images) != len(references):
+        raise UserError(f"{name} compares pairs, but there are {len(images)} images and {len(references)} references")
+
+
 def _check_classes(images: ImageSource, references: ImageSource | None, measures: Mapping[str, Measure]) -> None:
     """Raise a `UserError` where classes are wanted that a source does not tell, or that are others on both sides."""
     for name, measure in measures.items():
         if measure.samples.labels:
-            assert len(images.labels) == len(images)
+            _check_labels(images)
         if measure.references.labels:
             assert references is not None
-            assert len(references.labels) == len(references)
+            _check_labels(references)
             if images.classes and references.classes and images.classes != references.classes:
                 raise UserError(
-                    f"{name} compares class by class, but {images.title} has the classes {_few(images.classes)} and "
-                    f"{references.title} {_few(references.classes)}"
+                    f"{name} compares class by class, but {images.title} has the classes {few(images.classes)} and "
+                    f"{references.title} {few(references.classes)}"
                 )
 
 
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _check_labels(source: ImageSource) -> None:
+    labels = source.labels  # a `UserError` where it does not tell them
+    assert len(labels) == len(source)
 
 
 def _measured_references(
@@ -132,16 +136,20 @@ def _measured_references(
     extractor: Features,
     measures: Mapping[str, Measure],
     reporter: Reporter,
+    *,
+    paired: bool,
 ) -> Extracted:
-    """Features of the reference; statistics of a file take the place of those of its images."""
+    """Features of the reference; statistics of a file take the place of those of its images.
+
+    References that are only counterparts are counted and hashed: results with others are not comparable.
+    """
     wanted = union(measure.references for measure in measures.values())
     if statistics is not None:
-        wanted = Wanted(rows=wanted.rows, labels=wanted.labels)
-    if references is None or not (wanted.rows or wanted.statistics):
-        found = Extracted(statistics.count or 0 if statistics else 0)
+        wanted, paired = Wanted(rows=wanted.rows, labels=wanted.labels), False  # the file is hashed
+    if references is None or not (wanted.rows or wanted.statistics or paired):
+        found = Extracted(0)
     else:
-        with reporter.progress("reference", len(references), unit="image") as advance:
-            found = extract(references, extractor, wanted, asked.batch_size, asked.device, advance)
+        found = extract(references, extractor, wanted, asked.batch_size, asked.device, reporter, "reference")
     if statistics is not None:
         found.statistics = statistics.statistics
     return found
@@ -196,7 +204,9 @@ def _evaluation(
     told = warnings(asked.protocol, extractor, images, found, statistics)
     told += [f"{figure.title}: {figure.warning}" for figure in figures if figure.warning]
     title = f"{found.count} images, protocol {protocol.name}"
-    count = f"{reference['count']} images" if reference["count"] else "a number of images that the file does not tell"
-    kind = "statistics of " if reference["kind"] == "statistics" else ""
-    summary = f"{images.title} against {reference['source']} ({kind}{count})."
+    if statistics is None:
+        about = f"{given.count} images" if given.count else "which no figure looks at"
+    else:
+        about = f"statistics of {statistics.count or 'an unknown number of'} images"
+    summary = f"{images.title} against {asked.reference} ({about})."
     return Evaluation(figures, record, title, summary, pairs, warnings=told)

@@ -22,7 +22,14 @@ from smalti.eval.measures import POOLED, Finding
 from smalti.eval.pairwise import POOLED_PSNR_DEFINITION, PSNR_CAP, psnr
 
 SHOWN = 8
-TITLES = {"psnr": "PSNR", "ssim": "SSIM", "ms-ssim": "MS-SSIM", "lpips": "LPIPS", "ssim-uniform": "SSIM, flat window"}
+TITLES = {
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "ms-ssim": "MS-SSIM",
+    "lpips": "LPIPS",
+    "ssim-uniform": "SSIM, flat window",
+    "ssim-reflected": "SSIM, mirrored borders",
+}
 LOWER = ("lpips",)
 
 
@@ -84,19 +91,22 @@ class ImagePairs:
             self._keep(value, batch, other, place)
 
     def _counterparts(self, batch: ImageBatch) -> ImageBatch:
-        other = next(self._others, None)
-        if other is None or not torch.equal(other.indices, batch.indices) or other.images.shape != batch.images.shape:
-            place = int(batch.indices[0])
-            found = "none" if other is None else "x".join(map(str, other.images.shape[1:3]))
+        other = next(self._others)
+        own, given = batch.images.shape, other.images.shape
+        if own != given:
+            # A batch holds images of one size: the shorter of two ends where the sizes part.
+            place = int(batch.indices[0]) + (min(own[0], given[0]) if own[1:] == given[1:] else 0)
             raise UserError(
-                f"image {place} has {'x'.join(map(str, batch.images.shape[1:3]))} pixels, its counterpart in "
-                f"{self._title} {found}: metrics of pairs need both of one size, as a protocol with a crop makes them"
+                f"image {place} and its counterpart in {self._title} are of different sizes: metrics of pairs need "
+                "both of one size, as a protocol with a crop makes them"
             )
-        for own, given in zip(batch.names, other.names, strict=True):
-            if not (own.isdecimal() or given.isdecimal()) and PurePath(own).stem != PurePath(given).stem:
+        for name, counterpart in zip(batch.names, other.names, strict=True):
+            if name.isdecimal() or counterpart.isdecimal():
+                continue
+            if PurePath(name).stem != PurePath(counterpart).stem:
                 raise UserError(
-                    f"metrics of pairs need the images in the same order, but {own} would be compared with {given}: "
-                    "give the reconstructions the names of their originals"
+                    f"metrics of pairs need the images in the same order, but {name} would be compared with "
+                    f"{counterpart}: give the reconstructions the names of their originals"
                 )
         return other
 

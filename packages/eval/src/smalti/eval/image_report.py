@@ -18,10 +18,18 @@ from smalti.eval.figures import Figure
 from smalti.eval.image_charts import precision_recall_chart, psnr_histogram
 from smalti.eval.image_evaluation import Evaluation
 from smalti.eval.image_pairs import Pair, PairResults
-from smalti.eval.report import chart, page_part, picture, table_row, tile
+from smalti.eval.report import ARROWS, chart, page_part, picture, table_row, tile, versions
 
-ARROWS = {"higher": "↑", "lower": "↓"}
-LATEX = {"∞": r"$_\infty$", "é": r"\'e", "%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#"}
+LATEX = {
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "∞": r"$_\infty$",
+    "é": r"\'e",
+    "%": r"\%",
+    "&": r"\&",
+    "_": r"\_",
+    "#": r"\#",
+}
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
@@ -39,9 +47,10 @@ def render(evaluation: Evaluation) -> str:
     figures = {figure.name: figure for figure in evaluation.figures}
     return Template(page_part("image_report.html")).substitute(
         style=page_part("style.css"),
+        kind="evaluation of images",
+        columns=f"--pair-columns: {max(len(evaluation.pairs.worst), 1) if evaluation.pairs else 1}",
         title=escape(evaluation.title),
         summary=escape(evaluation.summary),
-        pair_columns=max(len(evaluation.pairs.worst), 1) if evaluation.pairs else 1,
         tiles="\n".join(_tiles(figures)),
         warnings="\n".join(f'<p class="note">{escape(warning)}</p>' for warning in evaluation.warnings),
         charts=_charts(figures, evaluation),
@@ -49,7 +58,7 @@ def render(evaluation: Evaluation) -> str:
         table="\n".join(table_row(figure) for figure in evaluation.figures),
         latex=escape(latex(evaluation)),
         record=escape(json.dumps(evaluation.record, indent=2)),
-        footer=escape(f"{_libraries(evaluation.record)}."),
+        footer=escape(f"{versions(evaluation.record)}."),
     )
 
 
@@ -73,7 +82,7 @@ def markdown(evaluation: Evaluation) -> str:
         spread = f"; {figure.spread()}" if figure.spread() else ""
         lines.append(f"- **{figure.title}**: {figure.definition}{spread}")
     lines += [f"- {title}: {text}" for title, text in _depends_on(evaluation.record).items()]
-    lines.append(f"- versions: {_libraries(evaluation.record)}")
+    lines.append(f"- versions: {versions(evaluation.record)}")
     if evaluation.pairs is not None:
         lines += ["", "The worst and the best by PSNR, originals above:", "", "![pairs](pairs.png)"]
     return "\n".join(lines) + "\n"
@@ -83,8 +92,7 @@ def latex(evaluation: Evaluation) -> str:
     """A table to paste into a paper; the comment says under which protocol its numbers hold."""
     figures = evaluation.figures
     depends = [f"{title} {text}" for title, text in _depends_on(evaluation.record).items()]
-    arrows = {"higher": r"$\uparrow$", "lower": r"$\downarrow$"}
-    heads = [f"{_escaped(figure.title)} {arrows[figure.better]}" for figure in figures]
+    heads = [_escaped(f"{figure.title} {ARROWS[figure.better]}") for figure in figures]
     values = [_digits(figure) for figure in figures]
     return "\n".join(
         [
@@ -120,10 +128,6 @@ def _depends_on(record: Mapping[str, Any]) -> dict[str, str]:
     if record["extractor"]:
         found["extractor"] = f"{record['extractor']['name']} {record['extractor']['fingerprint']}"
     return found
-
-
-def _libraries(record: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in record["libraries"].items())
 
 
 def _tiles(figures: dict[str, Figure]) -> list[str]:

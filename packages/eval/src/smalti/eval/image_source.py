@@ -19,17 +19,16 @@ from torch import Tensor
 
 from smalti.core.data.dataset import Content, FilePart
 from smalti.core.data.decode import decode
-from smalti.core.data.listed import class_folders, images_below, is_image
+from smalti.core.data.listed import DIGITS, class_folders, images_below, is_image
 from smalti.core.data.parallel import in_order
 from smalti.core.data.picture import Pixels, read_picture
 from smalti.core.errors import UserError
 from smalti.core.options import Preprocessing
-from smalti.eval.npz_images import NpzImages, array_names, opened_member, values_of
+from smalti.eval.npz_images import NpzImages
 
 WORKERS = min(4, os.cpu_count() or 1)
 SHARDS = (".tar", ".tar.gz", ".tgz")
 JPEG = b"\xff\xd8\xff"
-LABELS = "arr_1"
 ACCEPTED = "a folder of images, tar shards, or an .npz file of ADM's layout"
 
 
@@ -79,6 +78,10 @@ class ImageSource(ABC):
     def __len__(self) -> int:
         """How many images there are."""
 
+    def share(self, size: int, rank: int, world_size: int) -> int:
+        """How many images `batches` gives."""
+        return share_of(len(self), size, rank, world_size)
+
     @abstractmethod
     def batches(self, size: int, rank: int, world_size: int) -> Iterator[ImageBatch]:
         """The blocks `rank`, `rank + world_size`, ... of `size` images, each in as many batches as it has shapes.
@@ -119,12 +122,15 @@ class FileImages(ImageSource):
     def _label(self, file: ImageFile) -> int | None:
         if self.classes:
             folder, _, rest = file.name.partition("/")
-            return self.classes.index(folder) if rest else None
+            return self.classes.index(folder) if rest and folder in self.classes else None
         if file.label is None:
             return None
         content = (file.label if isinstance(file.label, bytes) else file.label.read()).strip()
-        if not content.isdigit():
-            raise UserError(f"the label of image {file.name} of {self.title} is {content[:20]!r}, expected a number")
+        if not (content.isdigit() and len(content) <= DIGITS):
+            raise UserError(
+                f"the label of image {file.name} of {self.title} is {content[:20]!r}, expected a number of at most "
+                f"{DIGITS} digits"
+            )
         return int(content)
 
     def __len__(self) -> int:
@@ -183,13 +189,8 @@ class NpzSource(ImageSource):
     @cached_property
     def labels(self) -> Tensor:
         """As promised: `arr_1`."""
-        path = self._file.path
-        if LABELS not in array_names(path):
-            return super().labels
-        with opened_member(path, LABELS) as (file, shape, dtype):
-            if shape != (len(self._file),) or dtype.kind not in "iu":
-                raise UserError(f"{path}: labels are arr_1 integer ({len(self._file)},), but it is {dtype} {shape}")
-            return torch.from_numpy(values_of(path, file, shape, dtype).astype(np.int64))[: self._count]
+        labels = self._file.labels()
+        return super().labels if labels is None else torch.from_numpy(labels[: self._count])
 
     def __len__(self) -> int:
         return self._count
@@ -202,6 +203,11 @@ class NpzSource(ImageSource):
             kept = torch.from_numpy(images)[: self._count - start]
             indices = torch.arange(start, start + len(kept))
             yield ImageBatch(kept, indices, [str(index) for index in indices.tolist()])
+
+
+def share_of(count: int, size: int, rank: int, world_size: int) -> int:
+    """How many of `count` images lie in the blocks `rank`, `rank + world_size`, ... of `size`."""
+    return sum(min(size, count - start) for start in range(0, count, size)[rank::world_size])
 
 
 def stored_images(path: str, preprocessing: Preprocessing | None = None, count: int | None = None) -> ImageSource:

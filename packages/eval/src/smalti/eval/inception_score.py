@@ -26,6 +26,17 @@ class Score(NamedTuple):
     std: float
 
 
+def definition(splits: int = 10, seed: int | None = 2020) -> str:
+    """The definition of `inception_score` in words, for protocols."""
+    order = "as they come" if seed is None else f"shuffled with seed {seed}"
+    return f"{DEFINITION}; mean over {splits} equal parts of the samples, {order}"
+
+
+def adm_definition(split_size: int = 5000) -> str:
+    """That of `adm_inception_score`."""
+    return f"{DEFINITION}; mean over parts of {split_size} consecutive samples"
+
+
 def inception_score(logits: Tensor, splits: int = 10, seed: int | None = 2020) -> Score:
     """The score over equal parts of shuffled samples, as torch-fidelity computes it.
 

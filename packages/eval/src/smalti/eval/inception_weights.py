@@ -6,7 +6,6 @@ import hashlib
 import tempfile
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
 
@@ -36,7 +35,7 @@ def inception_weights(path: Path | None = None) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(URL, str(target), hash_prefix=SHA256_START, progress=False)
-    except (URLError, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise UserError(
             f"the Inception weights are missing and could not be fetched ({getattr(error, 'reason', error)}): "
             f"download {URL} and put it at {target}, or give its path as extractor.weights=FILE"

@@ -6,6 +6,7 @@ Legend: N M images, B batch, H W pixels, D feature width.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from smalti.core.contracts import Features
 from smalti.core.errors import UserError
 from smalti.core.progress import Advance
 from smalti.eval.figures import Figure
-from smalti.eval.frechet import FRECHET_DEFINITION, GaussianStatistics, frechet_distance
+from smalti.eval.frechet import FRECHET_DEFINITION, frechet_distance, statistics_of
 from smalti.eval.precision_recall import definition, precision_recall
 
 
@@ -35,13 +36,6 @@ class Judged(NamedTuple):
         """The images with this label."""
         chosen = self.labels == label
         return Judged(self.pool[chosen], self.labels[chosen], self.decisions[chosen])
-
-    @property
-    def statistics(self) -> GaussianStatistics:
-        """Mean and covariance of `pool`."""
-        statistics = GaussianStatistics()
-        statistics.update(self.pool)
-        return statistics
 
 
 def judge(
@@ -84,66 +78,53 @@ def measure_samples(
         extractor: names the classifier.
     """
     drawn, held_out = f"{len(samples.labels)} samples", f"{len(validation.labels)} validation images"
-    reference = f"{held_out}, which the classifier has not seen"
-    real = validation.statistics
+    alike = f"{len(training.labels)} training images, of each class as many as in the reference"
+    judged = partial(Figure, extractor=extractor)
+    compared = partial(judged, reference=f"{held_out}, which the classifier has not seen")
+    real = statistics_of(validation.pool)
     shares = precision_recall(samples.pool, validation.pool, neighbours)
     return [
-        Figure(
+        judged(
             name="classified_as_intended",
             title="Classified as intended",
             value=samples.agreement,
             unit="share",
             definition="share of the samples to which the classifier gives the class that they were drawn for",
             measured=drawn,
-            extractor=extractor,
         ),
-        Figure(
+        judged(
             name="classifier_accuracy",
             title="Classifier accuracy",
             value=validation.agreement,
             unit="share",
             definition="share of the images to which the classifier gives their class",
             measured=held_out,
-            extractor=extractor,
         ),
-        Figure(
+        compared(
             name="frechet_distance",
             title="Fréchet distance",
-            value=frechet_distance(samples.statistics, real),
+            value=frechet_distance(statistics_of(samples.pool), real),
             better="lower",
             definition=FRECHET_DEFINITION,
             measured=drawn,
-            reference=reference,
-            extractor=extractor,
         ),
-        Figure(
+        compared(
             name="frechet_distance_real",
             title="Fréchet distance of real images",
-            value=frechet_distance(training.statistics, real),
+            value=frechet_distance(statistics_of(training.pool), real),
             better="lower",
             definition=FRECHET_DEFINITION,
-            measured=f"{len(training.labels)} training images, of each class as many as in the reference",
-            reference=reference,
-            extractor=extractor,
+            measured=alike,
         ),
-        Figure(
-            name="precision",
-            title="Precision",
-            value=shares.precision,
-            unit="share",
-            definition=definition(neighbours),
-            measured=drawn,
-            reference=reference,
-            extractor=extractor,
-        ),
-        Figure(
-            name="recall",
-            title="Recall",
-            value=shares.recall,
-            unit="share",
-            definition=definition(neighbours),
-            measured=drawn,
-            reference=reference,
-            extractor=extractor,
+        *(
+            compared(
+                name=name,
+                title=name.title(),
+                value=share,
+                unit="share",
+                definition=definition(neighbours),
+                measured=drawn,
+            )
+            for name, share in shares._asdict().items()
         ),
     ]

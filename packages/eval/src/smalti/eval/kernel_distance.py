@@ -31,6 +31,11 @@ Kernel = Callable[[Tensor, Tensor], Tensor]
 """Float64 `(R, D)` and `(C, D)` to `(R, C)`."""
 
 
+def definition_of_subsets(subsets: int, size: int, seed: int) -> str:
+    """The definition of `kernel_distance_of_subsets` in words, for protocols."""
+    return f"{KERNEL_DEFINITION}; mean of unbiased estimates from {subsets} subsets of {size}, drawn with seed {seed}"
+
+
 def kernel_distance(samples: Tensor, references: Tensor) -> float:
     """The unbiased estimate from all pairs, which has no chance in it; it can be slightly negative.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from smalti.core.contracts import Tokenizer
 from smalti.core.data.images import to_uint8
+from smalti.core.errors import UserError
 from smalti.core.recipe import load_recipe
 from smalti.core.sampling_run import LARGEST_BATCH
 from smalti.core.stages.sample import sampling_of
@@ -45,12 +46,23 @@ class TokenizerImages(ImageSource):
 
     def batches(self, size: int, rank: int, world_size: int) -> Iterator[ImageBatch]:
         """As promised."""
-        channels = self.tokenizer.preprocessing.channels
         for batch in self.originals.batches(size, rank, world_size):
-            pixels = batch.images[..., :channels].movedim(-1, 1).to(self.device)
+            pixels = taken_pixels(batch.images, self.tokenizer, self.originals.title, self.device)
             layout = self.tokenizer.layout((pixels.shape[2], pixels.shape[3]))
-            copies = self.tokenizer.decode(self.tokenizer.encode(pixels.float() / 127.5 - 1), layout)
+            copies = self.tokenizer.decode(self.tokenizer.encode(pixels), layout)
             yield ImageBatch(to_uint8(copies).cpu(), batch.indices, batch.names)
+
+
+def taken_pixels(images: Tensor, tokenizer: Tokenizer, title: str, device: str) -> Tensor:
+    """Images uint8 `(B, H, W, 3)` of the source `title` as a tokenizer takes them, `(B, C, H, W)` in [-1, 1].
+
+    Raises:
+        UserError: they have colours, and the tokenizer takes grey.
+    """
+    channels = tokenizer.preprocessing.channels
+    if channels == 1 and bool((images != images[..., :1]).any()):
+        raise UserError(f"{title} holds images in colour, but the tokenizer takes grey ones: bring them to grey first")
+    return images[..., :channels].movedim(-1, 1).to(device).float() / 127.5 - 1
 
 
 class GeneratorImages(ImageSource):
@@ -84,6 +96,10 @@ class GeneratorImages(ImageSource):
     def labels(self) -> Tensor:
         """The classes that the samples are drawn for."""
         return self.sampling.labels_of(torch.arange(self.count))
+
+    def share(self, size: int, rank: int, world_size: int) -> int:
+        """As promised, of the recipe's batches."""
+        return super().share(self.together, rank, world_size)
 
     def batches(self, size: int, rank: int, world_size: int) -> Iterator[ImageBatch]:
         """As promised, in the recipe's batches whatever `size` is: every sample is computed in the same company."""

@@ -18,7 +18,7 @@ from smalti.core.plugins import registry
 from smalti.eval import class_metrics, density_coverage, inception_score, kernel_distance, precision_recall
 from smalti.eval.confidence import bootstrap, bootstrap_of_mean, frechet_infinity
 from smalti.eval.extraction import Extracted, Wanted
-from smalti.eval.frechet import FRECHET_DEFINITION, GaussianStatistics, frechet_distance
+from smalti.eval.frechet import FRECHET_DEFINITION, frechet_distance, statistics_of
 from smalti.eval.protocols import Protocol
 
 KERNEL_SUBSETS, KERNEL_SIZE = 100, 1000  # of torch-fidelity and clean-fid
@@ -60,7 +60,7 @@ def _frechet(name: str, title: str, feature: str) -> Measure:
         interval = None
         if repeats:
             found = bootstrap(
-                lambda rows: frechet_distance(_statistics(rows), reference), samples.rows[feature], repeats
+                lambda rows: frechet_distance(statistics_of(rows), reference), samples.rows[feature], repeats
             )
             interval = found.ends
         value = frechet_distance(samples.statistics[feature], reference)
@@ -68,12 +68,6 @@ def _frechet(name: str, title: str, feature: str) -> Measure:
 
     wanted = Wanted(statistics=frozenset({feature}))
     return Measure(wanted, wanted, compute)
-
-
-def _statistics(rows: Tensor) -> GaussianStatistics:
-    statistics = GaussianStatistics()
-    statistics.update(rows)
-    return statistics
 
 
 def _infinity(samples: Extracted, references: Extracted, protocol: Protocol, repeats: int) -> Iterable[Finding]:
@@ -85,14 +79,13 @@ def _infinity(samples: Extracted, references: Extracted, protocol: Protocol, rep
 def _inception_score(samples: Extracted, references: Extracted, protocol: Protocol, repeats: int) -> Iterable[Finding]:
     logits = samples.rows["logits"]
     if protocol.inception_score == "adm":
-        measure = inception_score.adm_inception_score
-        parts = "parts of 5000 consecutive samples"
+        measure, text = inception_score.adm_inception_score, inception_score.adm_definition()
     else:
         measure = partial(inception_score.inception_score, seed=protocol.seed)
-        parts = f"10 equal parts of the samples, shuffled with seed {protocol.seed}"
+        text = inception_score.definition(seed=protocol.seed)
     score = measure(logits)
     interval = bootstrap(lambda rows: measure(rows).mean, logits, repeats).ends if repeats else None
-    text = f"{inception_score.DEFINITION}; mean over {parts}, their standard deviation {score.std:.4g}"
+    text += f", their standard deviation {score.std:.4g}"
     yield Finding("is", "Inception Score", score.mean, text, better="higher", interval=interval)
 
 
@@ -105,10 +98,8 @@ def _kernel(samples: Extracted, references: Extracted, protocol: Protocol, repea
 
     score = measure(own)
     interval = bootstrap(lambda rows: measure(rows).mean, own, repeats).ends if repeats else None
-    text = (
-        f"{kernel_distance.KERNEL_DEFINITION}; mean of unbiased estimates from {KERNEL_SUBSETS} subsets of {size}, "
-        f"seed {protocol.seed}, their standard deviation {score.std:.4g}"
-    )
+    text = kernel_distance.definition_of_subsets(KERNEL_SUBSETS, size, protocol.seed)
+    text += f", their standard deviation {score.std:.4g}"
     yield Finding("kid", "KID", score.mean, text, interval=interval)
 
 

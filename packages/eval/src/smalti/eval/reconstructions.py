@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 import torch
@@ -61,46 +62,28 @@ def measure_reconstructions(
         pairs += [(originals[place].cpu(), copies[place].cpu()) for place in sorted(chosen)]
         seen += len(images)
         advance(len(images))
-    if not noise:
+    if not seen:
         raise UserError("there is no validation image to reconstruct")
-    usage = figures_of(health.counts)  # of this process: the others do not measure
-    count = sum(map(len, noise))
-    subject = f"reconstructions of the {count} validation images, 8 bits"
-    originals_are = "the same images after the tokenizer's preprocessing, 8 bits"
-    codes = f"tokens of the {count} validation images, {tokenizer.layout()}"
+    found = figures_of(health.counts)  # of this process: the others do not measure
+    compared = partial(
+        Figure,
+        measured=f"reconstructions of the {seen} validation images, 8 bits",
+        reference="the same images after the tokenizer's preprocessing, 8 bits",
+    )
+    counted = partial(Figure, measured=f"tokens of the {seen} validation images, {tokenizer.layout()}")
+    usage, perplexity = fmean(found["usage"]), fmean(found["perplexity"])
     figures = [
-        Figure(
-            name="psnr",
-            title="PSNR",
-            value=float(torch.cat(noise).mean()),
-            unit="dB",
-            definition=PSNR_DEFINITION,
-            measured=subject,
-            reference=originals_are,
+        compared(
+            name="psnr", title="PSNR", value=float(torch.cat(noise).mean()), unit="dB", definition=PSNR_DEFINITION
         ),
-        Figure(
-            name="ssim",
-            title="SSIM",
-            value=float(torch.cat(similarity).mean()),
-            definition=SSIM_DEFINITION,
-            measured=subject,
-            reference=originals_are,
-        ),
-        Figure(
-            name="codebook_usage",
-            title="Codebook usage",
-            value=fmean(usage["usage"]),
-            unit="share",
-            definition=USAGE_DEFINITION,
-            measured=codes,
-        ),
-        Figure(
+        compared(name="ssim", title="SSIM", value=float(torch.cat(similarity).mean()), definition=SSIM_DEFINITION),
+        counted(name="codebook_usage", title="Codebook usage", value=usage, unit="share", definition=USAGE_DEFINITION),
+        counted(
             name="codebook_perplexity",
             title="Codebook perplexity",
-            value=fmean(usage["perplexity"]),
+            value=perplexity,
             unit="codes",
             definition=PERPLEXITY_DEFINITION,
-            measured=codes,
         ),
     ]
     return Reconstructions(figures, [counts.cpu() for counts in health.counts], pairs)

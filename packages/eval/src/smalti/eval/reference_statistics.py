@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from smalti.core.errors import UserError
-from smalti.core.files import write_bytes
+from smalti.core.files import parse_json, write_bytes
 from smalti.eval.frechet import Gaussian
 from smalti.eval.inception_weights import file_sha256
-from smalti.eval.npz_images import array_names
+from smalti.eval.npz_images import IMAGES, NpzImages, array_names, opened_member, values_of
 
 FEATURES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+WIDEST = 1 << 14  # features: their covariance takes 2 GiB
+LONGEST = 1 << 20  # bytes of what a file says of its making
 
 
 class Moments(NamedTuple):
@@ -69,39 +71,54 @@ def read_statistics(path: Path) -> StatisticsFile:
         UserError: damaged, or arrays that are no mean and covariance.
     """
     names = array_names(path)
-    found: dict[str, Gaussian] = {}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            for feature, (mean, covariance) in FEATURES.items():
-                if mean in names and covariance in names:
-                    found[feature] = _moments(path, mean, file[mean], covariance, file[covariance])
-            count = int(file["count"]) if "count" in names else None
-            protocol = json.loads(str(file["protocol"])) if "protocol" in names else None
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001  # whatever stops the reading of a stranger's file is its damage
-        raise UserError(f"{path} is damaged or not a file of statistics: {str(error)[:200]}") from None
+    found: dict[str, Gaussian] = {
+        feature: _moments(path, *arrays) for feature, arrays in FEATURES.items() if names.issuperset(arrays)
+    }
     if "pool" not in found:
         raise UserError(f"{path} has no statistics, expected arrays mu (D,) and sigma (D, D)")
-    images = 0
-    if "arr_0" in names:
-        from smalti.eval.npz_images import NpzImages
-
-        images = len(NpzImages(path))
+    count = _value(path, "count", "iu") if "count" in names else None
+    protocol = _protocol(path) if "protocol" in names else None
+    images = len(NpzImages(path)) if IMAGES in names else 0
     return StatisticsFile(path, file_sha256(path), found, count, protocol, images)
 
 
-def _moments(path: Path, mean_name: str, mean: Any, covariance_name: str, covariance: Any) -> Moments:
-    width = mean.size
-    if mean.shape != (width,) or covariance.shape != (width, width) or not width:
-        raise UserError(
-            f"{path}: {mean_name} {mean.shape} and {covariance_name} {covariance.shape} are no mean (D,) and "
-            "covariance (D, D)"
-        )
-    moments = Moments(*(torch.from_numpy(np.asarray(values, np.float64)) for values in (mean, covariance)))
+def _moments(path: Path, mean_name: str, covariance_name: str) -> Moments:
+    """Shapes are looked at before anything is unpacked: a small file can name vast arrays."""
+    with (
+        opened_member(path, mean_name) as (means, row, kind),
+        opened_member(path, covariance_name, symmetric=True) as (covariances, square, other),
+    ):
+        real = all(np.can_cast(values, np.float64) for values in (kind, other))
+        if len(row) != 1 or 0 in row or square != row * 2 or not real:
+            raise UserError(
+                f"{path}: {mean_name} {kind} {row} and {covariance_name} {other} {square} are no mean (D,) and "
+                "covariance (D, D)"
+            )
+        if row[0] > WIDEST:
+            raise UserError(f"{path}: {mean_name} is of {row[0]} values, statistics are read of up to {WIDEST}")
+        arrays = values_of(path, means, row, kind), values_of(path, covariances, square, other)
+    moments = Moments(*(torch.from_numpy(np.array(values, np.float64)) for values in arrays))
     if not all(bool(values.isfinite().all()) for values in moments):
         raise UserError(f"{path}: {mean_name} and {covariance_name} hold values that are not finite")
     return moments
+
+
+def _value(path: Path, name: str, kinds: str) -> Any:
+    """The only value of an array without axes, whose type is of one of NumPy's `kinds`."""
+    with opened_member(path, name) as (file, shape, dtype):
+        if shape or dtype.kind not in kinds or not 0 < dtype.itemsize <= LONGEST:
+            raise UserError(f"{path} is damaged: {name} is {dtype} {shape}, expected a single value")
+        return values_of(path, file, shape, dtype).item()
+
+
+def _protocol(path: Path) -> Any:
+    """What a file of ours says of its making; `smalti.eval.evaluation_sides` looks at what is in it."""
+    try:
+        return parse_json(_value(path, "protocol", "U"))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: its protocol is no JSON: {error}") from None
 
 
 def write_statistics(path: Path, statistics: Mapping[str, Gaussian], count: int, protocol: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
@@ -23,6 +23,7 @@ from smalti.eval.figures import Figure
 
 Image = NDArray[np.uint8]
 WIDEST = 16  # pairs of a row
+ARROWS = {"higher": "↑", "lower": "↓"}
 TITLES = {
     "train-tokenizer": "Tokenizer",
     "train-generator": "Generator",
@@ -80,9 +81,12 @@ def render(report: Report) -> str:
     """The report as HTML; the same report gives the same text."""
     template = Template(page_part("report.html"))
     figures = report.figures
-    libraries = ", ".join(f"{name} {version}" for name, version in report.protocol["libraries"].items())
+    sample_columns = max((len(images) for images in report.samples), default=1)
+    pair_columns = max(1, min(len(report.pairs), WIDEST))
     return template.substitute(
         style=page_part("style.css"),
+        kind="report of a run",
+        columns=f"--sample-columns: {sample_columns}; --pair-columns: {pair_columns}",
         title=escape(report.recipe),
         summary=escape(report.summary),
         note=escape(report.note),
@@ -93,9 +97,6 @@ def render(report: Report) -> str:
             f"{figures['classifier_accuracy'].text()} of cases (the tick of each bar)."
         ),
         classes="\n".join(_classes(report)),
-        pairs_about="Held-out images, through the tokens and back.",
-        sample_columns=max((len(images) for images in report.samples), default=1),
-        pair_columns=max(1, min(len(report.pairs), WIDEST)),
         pairs="\n".join(f'<div class="pair">{picture(one)}{picture(other)}</div>' for one, other in report.pairs),
         codes_about=escape(
             f"{figures['codebook_usage'].text()} of the codes are used; the entropy is that of "
@@ -106,16 +107,21 @@ def render(report: Report) -> str:
         table="\n".join(table_row(figure) for figure in figures.values()),
         protocol=escape(json.dumps(report.protocol, indent=2)),
         resolved_recipe=escape(report.resolved_recipe),
-        footer=escape(f"{libraries}."),
+        footer=escape(f"{versions(report.protocol)}."),
     )
+
+
+def versions(record: Mapping[str, Any]) -> str:
+    """The libraries of a protocol or record with their versions."""
+    return ", ".join(f"{name} {version}" for name, version in record["libraries"].items())
 
 
 def page_part(name: str) -> str:
     """A text file of this package: the style of all pages, or a page with places for what is shown.
 
-    What all pages share is put in for `$page_head`, `$page_brand` and `$page_figures`, of files so called.
+    What all pages share is put in for `$page_head` and `$page_figures`, of files so called.
     """
-    shared = {place: _text(f"{place}.html").removesuffix("\n") for place in ("page_head", "page_brand", "page_figures")}
+    shared = {place: _text(f"{place}.html").removesuffix("\n") for place in ("page_head", "page_figures")}
     return Template(_text(name)).safe_substitute(shared)
 
 
@@ -205,10 +211,9 @@ def table_row(figure: Figure) -> str:
         ("note", figure.warning),
     ]
     lines = [escape(figure.definition), *(f"<b>{name}</b> {escape(text)}" for name, text in parts if text)]
-    arrow = {"higher": "↑", "lower": "↓"}[figure.better]
     return (
         f'<tr><td class="name">{escape(figure.title)}</td>'
         f'<td class="value">{escape(figure.text())} '
-        f'<span class="arrow" title="{figure.better} is better">{arrow}</span></td>'
+        f'<span class="arrow" title="{figure.better} is better">{ARROWS[figure.better]}</span></td>'
         f'<td class="protocol">{"<br>".join(lines)}</td></tr>'
     )

@@ -61,8 +61,7 @@ class InceptionScore(Metric[FeatureRows, Score]):
     ) -> None:
         super().__init__(FeatureRows(), extractor, output)
         self.splits, self.seed = splits, seed
-        order = "as they come" if seed is None else f"shuffled with seed {seed}"
-        self.definition = f"{inception_score.DEFINITION}; mean over {splits} equal parts of the samples, {order}"
+        self.definition = inception_score.definition(splits, seed)
 
     def compute(self) -> Score:
         """Mean and standard deviation over the parts."""
@@ -77,7 +76,7 @@ class AdmInceptionScore(Metric[FeatureRows, Score]):
     def __init__(self, split_size: int = 5000, *, extractor: Features | None = None, output: str = "logits") -> None:
         super().__init__(FeatureRows(), extractor, output)
         self.split_size = split_size
-        self.definition = f"{inception_score.DEFINITION}; mean over parts of {split_size} consecutive samples"
+        self.definition = inception_score.adm_definition(split_size)
 
     def compute(self) -> Score:
         """Mean and standard deviation over the parts."""
@@ -146,10 +145,7 @@ class KernelDistanceOfSubsets(Metric[FeatureRows, Score]):
     ) -> None:
         super().__init__(FeatureRows(), extractor, output)
         self.subsets, self.size, self.seed = subsets, size, seed
-        self.definition = (
-            f"{kernel_distance.KERNEL_DEFINITION}; mean of unbiased estimates from {subsets} subsets of {size}, "
-            f"drawn with seed {seed}"
-        )
+        self.definition = kernel_distance.definition_of_subsets(subsets, size, seed)
 
     def compute(self) -> Score:
         """Mean and standard deviation over the subsets."""

@@ -32,8 +32,7 @@ def statistics_of_images(
     extractor = protocol.extractor.build().to(device).eval()
     source = stored_images(images, protocol.preprocessing, count)
     features = {"pool", "spatial"} if isinstance(extractor, Inception) else {"pool"}
-    with reporter.progress("images", len(source), unit="image") as advance:
-        found = extract(source, extractor, Wanted(frozenset(features)), batch_size, device, advance)
+    found = extract(source, extractor, Wanted(frozenset(features)), batch_size, device, reporter)
     name = re.sub(r"[^\w.]+", "-", f"{Path(images).stem} {protocol.name} {found.count} {found.sha256[:8]}")
     path = folder / f"{name}.npz"
     if distributed.rank() == 0:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -25,7 +26,8 @@ from smalti.core.weights import fingerprint
 from smalti.eval.evaluation_sides import TOKENIZER
 from smalti.eval.figures import Figure, library_versions
 from smalti.eval.image_evaluation import Evaluation
-from smalti.eval.image_source import stored_images
+from smalti.eval.image_source import share_of, stored_images
+from smalti.eval.made_images import taken_pixels
 from smalti.eval.metric import merged_over_processes
 from smalti.eval.tokens import (
     BITS_DEFINITION,
@@ -59,13 +61,17 @@ class AskedOfTokens:
 
 
 class _Source(NamedTuple):
-    """Batches of tokens `(B, L, S)` of this process, with what they are; `codebooks` as of a `Tokenizer`."""
+    """Batches of tokens `(B, V, L, S)` of this process, in all of `share` images, with what they are.
+
+    `codebooks` is as of a `Tokenizer`.
+    """
 
     title: str
     tokenizer: str
     layout: TokenLayout
     codebooks: int
     images: int
+    share: int
     batches: Iterable[Tensor]
 
 
@@ -78,9 +84,9 @@ def evaluate_tokens(asked: AskedOfTokens, reporter: Reporter) -> Evaluation:
     """
     source = _encoded(asked) if asked.tokens.startswith(TOKENIZER) else _stored(asked)
     statistics = TokenStatistics(source.layout, asked.side_bits)
-    with reporter.progress("tokens", source.images, unit="image") as advance:
+    with reporter.progress("tokens", source.share, unit="image") as advance:
         for tokens in source.batches:
-            statistics.update(tokens)
+            statistics.update(tokens.flatten(0, 1))
             advance(len(tokens))
     found = merged_over_processes(statistics).compute()
     if distributed.rank() != 0:
@@ -110,41 +116,24 @@ def token_figures(found: TokenFigures, codebooks: int, measured: str) -> list[Fi
         measured: which tokens.
     """
     side = f"; {found.side_bits:g} bits of side information"
+    figure = partial(Figure, measured=measured)
 
     def mean(name: str, title: str, unit: str, definition: str) -> Figure:
         values: list[float] = getattr(found, name)
-        parts = _parts(found, name)
-        return Figure(
-            name=name,
-            title=title,
-            value=fmean(values[:codebooks]),
-            unit=unit,
-            definition=definition,
-            measured=measured,
-            parts=parts,
-        )
+        value, parts = fmean(values[:codebooks]), _parts(found, name)
+        return figure(name=name, title=title, value=value, unit=unit, definition=definition, parts=parts)
 
+    bits = partial(figure, unit="bits", better="lower")
     return [
         mean("usage", "Codebook usage", "share", USAGE_DEFINITION),
         mean("perplexity", "Codebook perplexity", "codes", PERPLEXITY_DEFINITION),
         mean("entropy", "Entropy of a code", "bits", f"{ENTROPY_DEFINITION}; mean over streams"),
-        Figure(
-            name="bits",
-            title="Bits of an image",
-            value=found.bits,
-            unit="bits",
-            better="lower",
-            definition=BITS_DEFINITION + side,
-            measured=measured,
-        ),
-        Figure(
+        bits(name="bits", title="Bits of an image", value=found.bits, definition=BITS_DEFINITION + side),
+        bits(
             name="entropy_bits",
             title="Bits by entropy",
             value=found.entropy_bits,
-            unit="bits",
-            better="lower",
             definition=ENTROPY_BITS_DEFINITION + side,
-            measured=measured,
         ),
     ]
 
@@ -167,17 +156,17 @@ def _encoded(asked: AskedOfTokens) -> _Source:
     if asked.images is None:
         raise UserError(f"evaluate tokens: {asked.tokens} needs images to encode: give them second")
     tokenizer = Tokenizer.from_pretrained(name).to(asked.device)
-    channels = tokenizer.preprocessing.channels
     images = stored_images(asked.images, tokenizer.preprocessing, asked.count)
+    rank, world_size = distributed.rank(), distributed.world_size()
 
     def batches() -> Iterable[Tensor]:
-        for batch in images.batches(asked.batch_size, distributed.rank(), distributed.world_size()):
-            pixels = batch.images[..., :channels].movedim(-1, 1).to(asked.device)
-            yield tokenizer.encode(pixels.float() / 127.5 - 1)
+        for batch in images.batches(asked.batch_size, rank, world_size):
+            yield tokenizer.encode(taken_pixels(batch.images, tokenizer, images.title, asked.device))[:, None]
 
     identity = fingerprint(tokenizer, tokenizer.config())
     title = f"{asked.images} by {name}, {identity}"
-    return _Source(title, identity, tokenizer.layout(), tokenizer.codebooks, len(images), batches())
+    share = images.share(asked.batch_size, rank, world_size)
+    return _Source(title, identity, tokenizer.layout(), tokenizer.codebooks, len(images), share, batches())
 
 
 def _stored(asked: AskedOfTokens) -> _Source:
@@ -188,12 +177,13 @@ def _stored(asked: AskedOfTokens) -> _Source:
     folder = folder / "tokens" if (folder / "tokens").is_dir() else folder
     found = read_token_shards(folder)
     tokens = found.tokens[: asked.count]
+    if not len(tokens):
+        raise UserError(f"{folder} holds no tokens: its shards are empty")
     made_by = folder.parent / "tokenizer"
     codebooks = Tokenizer.from_pretrained(made_by).codebooks if made_by.is_dir() else found.layout.streams
-    starts = range(0, len(tokens), asked.batch_size)
-    share = starts[distributed.rank() :: distributed.world_size()]
-    batches = (torch.from_numpy(tokens[start : start + asked.batch_size].astype("int64")) for start in share)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    starts = range(0, len(tokens), asked.batch_size)[rank::world_size]
+    batches = (torch.from_numpy(tokens[start : start + asked.batch_size].astype("int64")) for start in starts)
+    share = share_of(len(tokens), asked.batch_size, rank, world_size)
     title = f"{folder}, views {', '.join(found.views)}"
-    return _Source(
-        title, found.tokenizer, found.layout, codebooks, len(tokens), (batch.flatten(0, 1) for batch in batches)
-    )
+    return _Source(title, found.tokenizer, found.layout, codebooks, len(tokens), share, batches)

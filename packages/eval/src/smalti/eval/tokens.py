@@ -76,7 +76,7 @@ class TokenStatistics:
     """
 
     def __init__(self, layout: TokenLayout, side_bits: float = 0.0) -> None:
-        if side_bits < 0:
+        if not 0 <= side_bits < math.inf:
             raise UserError(f"side information takes 0 bits or more, got {side_bits}")
         if max(layout.vocab) > LARGEST_HISTOGRAM:
             raise UserError(f"a histogram of {max(layout.vocab)} codes is too large to count")

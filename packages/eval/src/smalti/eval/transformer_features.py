@@ -5,8 +5,8 @@ Legend: B batch, H W pixels, D width of the features.
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +16,39 @@ from torch import Tensor
 from smalti.core import weights
 from smalti.core.backbones.pretrained import import_extra
 from smalti.core.contracts import Features, check_pixels
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, few
 from smalti.core.options import FeaturesOptions
 
-Statistics = tuple[float, float, float]
+
+class Family(NamedTuple):
+    """What networks of one family have in common.
+
+    Attributes:
+        network: name of the class in transformers.
+        mean: of each channel in [0, 1].
+        std: of each channel.
+        pooled: the network's output to features `(B, D)`.
+        side: of the images in pixels; None is what the network was trained with.
+    """
+
+    network: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    pooled: Callable[[Any], Tensor]
+    side: int | None = None
+
+
+# The class token after the last normalisation.
+DINOV2 = Family(
+    "Dinov2Model", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), lambda output: output.last_hidden_state[:, 0], 224
+)
+# The projected embedding, of the length that it has.
+CLIP = Family(
+    "CLIPVisionModelWithProjection",
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+    lambda output: output.image_embeds,
+)
 
 
 class DINOv2Options(FeaturesOptions):
@@ -34,7 +63,7 @@ class DINOv2Options(FeaturesOptions):
 
     def build(self) -> Features:
         """Load it."""
-        return DINOv2(self.model)
+        return TransformerFeatures(DINOV2, self.model)
 
 
 class CLIPOptions(FeaturesOptions):
@@ -49,27 +78,27 @@ class CLIPOptions(FeaturesOptions):
 
     def build(self) -> Features:
         """Load it."""
-        return CLIP(self.model)
+        return TransformerFeatures(CLIP, self.model)
 
 
 class TransformerFeatures(Features):
     """Images resized to a square by Pillow (bicubic, antialiased, 8 bits), normalised, through a transformer.
 
-    Attributes:
-        side: of the square in pixels.
-        mean: of each channel in [0, 1].
-        std: of each channel.
+    Args:
+        family: which network, and what it looks at.
+        model: a folder, or a hub repository.
+
+    Raises:
+        UserError: there are no such weights, or they are those of another network.
     """
 
-    mean: ClassVar[Statistics]
-    std: ClassVar[Statistics]
-
-    def __init__(self, network: Any, source: str, side: int) -> None:
+    def __init__(self, family: Family, model: str) -> None:
         super().__init__()
-        self.network = network.eval().requires_grad_(False)
-        self.side = side
-        self.source = source
-        self.fingerprint = weights.fingerprint(network, {"side": side, "mean": self.mean, "std": self.std})
+        self.family = family
+        self.network = _loaded(family.network, model).eval().requires_grad_(False)
+        self.side: int = family.side or self.network.config.image_size
+        described = {"side": self.side, "mean": family.mean, "std": family.std}
+        self.fingerprint = weights.fingerprint(self.network, described)
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -85,52 +114,23 @@ class TransformerFeatures(Features):
             for image in images.cpu()
         ]
         values = torch.from_numpy(np.stack(resized)).to(images.device).movedim(-1, 1).float() / 255
-        mean, std = (values.new_tensor(numbers)[:, None, None] for numbers in (self.mean, self.std))
-        return {"pool": self.pooled((values - mean) / std).float()}
-
-    @abstractmethod
-    def pooled(self, values: Tensor) -> Tensor:
-        """Normalised images `(B, 3, side, side)` to features `(B, D)`."""
+        mean, std = (values.new_tensor(numbers)[:, None, None] for numbers in (self.family.mean, self.family.std))
+        return {"pool": self.family.pooled(self.network((values - mean) / std)).float()}
 
 
-class DINOv2(TransformerFeatures):
-    """The class token after the last normalisation, of images of 224 pixels."""
-
-    mean = (0.485, 0.456, 0.406)
-    std = (0.229, 0.224, 0.225)
-
-    def __init__(self, source: str) -> None:
-        super().__init__(_loaded("Dinov2Model", source), source, 224)
-
-    def pooled(self, values: Tensor) -> Tensor:
-        """The class token."""
-        token: Tensor = self.network(values).last_hidden_state[:, 0]
-        return token
-
-
-class CLIP(TransformerFeatures):
-    """The projected image embedding, of images of the size that the network was trained with."""
-
-    mean = (0.48145466, 0.4578275, 0.40821073)
-    std = (0.26862954, 0.26130258, 0.27577711)
-
-    def __init__(self, source: str) -> None:
-        network = _loaded("CLIPVisionModelWithProjection", source)
-        super().__init__(network, source, network.config.image_size)
-
-    def pooled(self, values: Tensor) -> Tensor:
-        """The embedding, of the length that it has."""
-        embedding: Tensor = self.network(values).image_embeds
-        return embedding
-
-
-def _loaded(kind: str, source: str) -> Any:
+def _loaded(network: str, model: str) -> Any:
     transformers = import_extra("transformers")
     try:
-        return getattr(transformers, kind).from_pretrained(source)
+        loaded, found = getattr(transformers, network).from_pretrained(model, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the weights of {source} are neither a folder here nor in the hub's cache, and could not be fetched "
-            f"({type(error).__name__}): download https://huggingface.co/{source} "
+            f"the weights of {model} are neither a folder here nor in the hub's cache, and could not be fetched "
+            f"({type(error).__name__}): download https://huggingface.co/{model} "
             "and give its folder as extractor.model=FOLDER"
         ) from None
+    except Exception as error:  # of damaged files, and of those of other networks, errors of many types come
+        problem = " ".join(str(error).split())[:200]
+        raise UserError(f"{model} is damaged or holds no {network}: {problem}") from error
+    if found["missing_keys"]:  # transformers would draw them by chance
+        raise UserError(f"{model} is damaged or holds no {network}: it lacks {few(sorted(found['missing_keys']))}")
+    return loaded
