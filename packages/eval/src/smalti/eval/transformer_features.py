@@ -18,6 +18,7 @@ from smalti.core.backbones.pretrained import import_extra
 from smalti.core.contracts import Features, check_pixels
 from smalti.core.errors import UserError, few
 from smalti.core.options import FeaturesOptions
+from smalti.core.training.network_images import STATISTICS
 
 
 class Family(NamedTuple):
@@ -39,16 +40,9 @@ class Family(NamedTuple):
 
 
 # The class token after the last normalisation.
-DINOV2 = Family(
-    "Dinov2Model", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), lambda output: output.last_hidden_state[:, 0], 224
-)
+DINOV2 = Family("Dinov2Model", *STATISTICS["imagenet"], lambda output: output.last_hidden_state[:, 0], 224)
 # The projected embedding, of the length that it has.
-CLIP = Family(
-    "CLIPVisionModelWithProjection",
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-    lambda output: output.image_embeds,
-)
+CLIP = Family("CLIPVisionModelWithProjection", *STATISTICS["clip"], lambda output: output.image_embeds)
 
 
 class DINOv2Options(FeaturesOptions):
