@@ -1,4 +1,7 @@
-"""Every check of the project: `uvx nox` lists them. Needs uv; each session has an environment of its own."""
+"""Every check of the project: `uvx nox` runs those of CI, `uvx nox -l` lists all.
+
+Needs uv; each session has an environment of its own.
+"""
 
 from __future__ import annotations
 

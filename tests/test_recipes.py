@@ -47,6 +47,16 @@ def test_all_of_them_are_found_by_name():
     assert sorted(shipped_recipes()) == NAMES
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "cifar10-" in name])
+def test_shards_of_cifar10_are_those_that_the_command_makes(name, tmp_path, monkeypatch):
+    """`smalti shards make FOLDER cifar10` makes fifty, of 1,000 images each."""
+    for number in range(50):
+        (tmp_path / f"train-{number:06d}.tar").touch()
+    monkeypatch.setenv("WDS_CIFAR10", str(tmp_path))
+    data = load_recipe(name).data
+    assert not set(data.train.build().shards) & set(data.validation.build().shards)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_recipe_says_where_it_is_from(name):
     recipe = load_recipe(name)

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-RAISED = {"UserError", "UndecodableImageError", "wrong_place", "PydanticCustomError", "ValueError"}
+RAISED = {"UserError", "UndecodableImageError", "PydanticCustomError", "ValueError"}
 
 
 def sentences() -> dict[str, list[str]]:
@@ -28,7 +28,7 @@ def _sentence(node: ast.AST) -> str | None:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id not in RAISED:
         return None
     index = 1 if node.func.id == "PydanticCustomError" else 0
-    if len(node.args) <= index or node.func.id == "wrong_place":
+    if len(node.args) <= index:
         return None
     text = re.sub(r"(\.\.\. ?)+$", "...", re.sub(r"(\.\.\.)+", "...", " ".join(_text(node.args[index]).split())))
     if node.func.id == "PydanticCustomError":

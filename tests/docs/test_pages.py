@@ -150,7 +150,7 @@ class Page:
         elif block.language == "python":
             self.python(block.code, block.line)
         elif block.language == "sh":
-            self.printed = "".join(self.command(command, {}) for command in commands_of(block.code))
+            self.printed = "".join(self.command(command) for command in commands_of(block.code))
         elif block.language == "text":
             assert prints(block.code, self.printed), f"shown:\n{block.code}\nprinted:\n{self.printed}"
         elif block.language == "yaml":
@@ -168,7 +168,7 @@ class Page:
             exec(compiled, self.namespace)
         self.printed = stdout.getvalue()
 
-    def command(self, command: str, environment: dict[str, str]) -> str:
+    def command(self, command: str) -> str:
         if command in NOT_HERE:
             return ""
         word, *arguments = shlex.split(command)
@@ -176,15 +176,14 @@ class Page:
             name, _, value = word.partition("=")
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv(name, value)
-                return self.command(command.partition(" ")[2], {**environment, name: value})
+                return self.command(command.partition(" ")[2])
         if word == "uv" and arguments[0] == "run":
-            return self.command(shlex.join(arguments[1:]), environment)
+            return self.command(shlex.join(arguments[1:]))
         runners: dict[str, Callable[[list[str]], str]] = {
             "smalti": smalti,
             "torchrun": self.torchrun,
             "pip": self.pip,
             "pytest": pytest_paths,
-            "python": python_file,
         }
         if word == "uvx" and arguments[0] == "nox":
             return nox_session(arguments[1:])
@@ -257,12 +256,6 @@ def pytest_paths(arguments: list[str]) -> str:
         elif "/" in path:
             assert (ROOT / path).exists(), f"there is no {path}"
     return ""
-
-
-def python_file(arguments: list[str]) -> str:
-    run = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=600)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
 
 
 def nox_session(arguments: list[str]) -> str:
@@ -381,7 +374,7 @@ def test_the_checks_can_fail(tmp_path: Path) -> None:
         "pytest packages/no",
     ):
         with pytest.raises((AssertionError, KeyError, SystemExit)):
-            page.command(command, {})
+            page.command(command)
     assert prints("psnr 12.3, usage 4\n", "first\npsnr 7.25, usage 100\n")
     assert not prints("psnr 12.3\n", "ssim 12.3\n")
     with pytest.raises(ValueError, match="codebook"):

@@ -399,7 +399,6 @@ def _png(content: bytes, random: Random, others: Sequence[bytes], depth: int) ->
     match random.randrange(7):
         case 0:
             header = bytearray(chunks[0][1])
-            header[random.choice((0, 4)) :][:4]
             start = random.choice((0, 4))
             header[start : start + 4] = struct.pack(">I", random.choice((0, 1, 2, 20000, 100000, 2**31 - 1, 2**32 - 1)))
             chunks[0] = chunks[0][0], bytes(header)

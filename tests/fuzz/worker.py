@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("readers", nargs="*", default=list(READERS))
     asked = parser.parse_args()
     results = {}
-    for name in asked.readers or list(READERS):
+    for name in asked.readers:
         began = time.process_time(), os.times().children_user + os.times().children_system
         results[name] = fuzzed(name, asked.first, asked.inputs, asked.seed, keep=asked.keep)
         used = os.times().children_user + os.times().children_system - began[1]

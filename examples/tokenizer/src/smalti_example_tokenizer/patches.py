@@ -1,22 +1,23 @@
 """A tokenizer of square patches: an MLP, finite scalar quantization (Mentzer et al. 2023), and an MLP back."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from smalti.core.contracts import Tokenizer, TokenizerOutput, check_images
+from smalti.core.contracts import Tokenizer, TokenizerOutput, check_images, check_tokens
 from smalti.core.layout import TokenLayout
 from smalti.core.options import TokenizerOptions
 
 
 class PatchOptions(TokenizerOptions):
-    """Patches of `patch` x `patch` pixels, codes of `digits` digits with `levels` (odd) values each."""
+    """Patches of `patch` x `patch` pixels, codes of `digits` digits with `levels` values each."""
 
     name: Literal["example-patches"] = "example-patches"
-    patch: int = 4
-    digits: int = 4
-    levels: int = 5
+    patch: Annotated[int, Field(ge=1)] = 4
+    digits: Annotated[int, Field(ge=1)] = 4
+    levels: Literal[3, 5, 7, 9] = 5
 
     def build(self) -> "PatchTokenizer":
         """Build it."""
@@ -52,6 +53,7 @@ class PatchTokenizer(Tokenizer):
         return output.tokens
 
     def decode(self, tokens: Tensor, layout: TokenLayout | None = None) -> Tensor:
+        check_tokens(tokens, (self.options.levels**self.options.digits,))
         powers = self.options.levels ** torch.arange(self.options.digits, device=tokens.device)
         digits = tokens // powers % self.options.levels - self.options.levels // 2
         height, width = (layout or self.layout()).shape[0]

@@ -1,12 +1,15 @@
 """Tokens of other projects become the samples of a token set."""
 
+import io
 import json
 import pickle
 import re
+import warnings
 
 import numpy as np
 import pytest
 
+from smalti.core.data.array_file import parse_array
 from smalti.core.data.stored_tokens import ArrayTokens, LineTokens
 from smalti.core.errors import UserError
 from smalti.core.layout import TokenLayout
@@ -156,3 +159,13 @@ def test_lines_that_no_shard_can_hold(tmp_path, line, sentence):
     with pytest.raises(UserError) as caught:
         LineTokens(path=str(path), classes=3).read(TokenLayout.sequence(2, (16,)), 0, 1)
     assert str(caught.value).startswith(sentence.format(path))
+
+
+def test_nobody_is_warned_of_a_header_that_is_broken_source():
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with pytest.raises(ValueError, match="does not contain the correct keys"):
+            parse_array(buffer.getvalue().replace(b"'shape'", b"'\\Eape'"))
+    assert not told

@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from smalti.core.data.array_file import parsed_header
 from smalti.core.errors import UserError
 
 IMAGES, LABELS = "arr_0", "arr_1"
@@ -99,7 +100,8 @@ def opened_member(
             file = opened.enter_context(archive.open(f"{name}.npy"))
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, column_order, dtype = read(file)
+            with parsed_header():
+                shape, column_order, dtype = read(file)
             told = archive.getinfo(f"{name}.npy").file_size
         except KeyError:
             raise UserError(f"{path} has no array {name}") from None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,13 +15,22 @@ from smalti.core.errors import UserError
 from smalti.core.layout import TokenLayout
 
 
+@contextmanager
+def parsed_header() -> Iterator[None]:
+    """While NumPy parses a header, which it does as Python source: nobody is warned of what source that would be."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def parse_array(content: bytes) -> NDArray[Any]:
     """The array in the bytes of a `.npy` file; whatever is wrong with them is a `ValueError`.
 
-    NumPy parses the header as Python source, so that broken bytes raise errors of many types. Objects are refused.
+    Broken bytes in the header raise errors of many types. Objects are refused.
     """
     try:
-        array: NDArray[Any] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+        with parsed_header():
+            array: NDArray[Any] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     except Exception as error:
         raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from error
     if not array.dtype.itemsize:  # of these any number fits into no bytes

@@ -24,7 +24,7 @@ GAP = 2
 def to_uint8(images: Tensor) -> Tensor:
     """Images float `(N, C, H, W)` in [-1, 1] to uint8 `(N, H, W, 3)`, grey repeated.
 
-    `clamp(127.5 x + 128, 0, 255)`, truncated, as LlamaGen and DiT write their samples: bytes that became `v / 127.5 - 1`
+    `clamp(127.5 x + 128, 0, 255)`, truncated, as LlamaGen and DiT write samples: bytes that became `v / 127.5 - 1`
     come back exactly.
     """
     values = (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
