@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
+from hatchling.builders.wheel import WheelBuilder
 from typer.testing import CliRunner
 
 from smalti.core import compare_command
@@ -200,7 +202,7 @@ class Page:
         return run.stdout
 
     def pip(self, arguments: list[str]) -> str:
-        """Nothing is installed, but plugins of the page are made visible; other names and extras must exist."""
+        """Plugins of the page are built and made visible, nothing else is installed; names and extras must exist."""
         assert arguments[0] == "install"
         for requirement in arguments[1:]:
             if requirement == "-e":
@@ -216,16 +218,12 @@ class Page:
         return ""
 
     def make_visible(self, source: Path) -> None:
-        project = tomllib.loads((source / "pyproject.toml").read_text())["project"]
-        info = self.folder / "site" / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-        )
-        points = project["entry-points"]["smalti"]
-        (info / "entry_points.txt").write_text("[smalti]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()))
-        for path in (info.parent, source / "src"):
-            self.namespace["_visible"](path)
+        """Build the plugin's wheel and unpack it where Python looks."""
+        site = self.folder / "site"
+        (wheel,) = WheelBuilder(str(source)).build(directory=str(self.folder / "wheels"), versions=["standard"])
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site)
+        self.namespace["_visible"](site)
         registry.cache_clear()
 
 

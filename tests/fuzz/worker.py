@@ -126,6 +126,7 @@ def work(name: str, numbers: range, seed: int, sandbox: Path, at: mmap.mmap, *, 
     folder = sandbox / "files"
     folder.mkdir()
     (sandbox / "scratch").mkdir()
+    tempfile.tempdir = str(sandbox / "scratch")  # torch opens one for what looks like its oldest files
     (sandbox / f"{TRAP}.py").write_text("class Innocent:\n    pass\n")
     sys.path.insert(0, str(sandbox))
     os.chdir(sandbox)
