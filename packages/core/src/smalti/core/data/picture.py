@@ -6,6 +6,8 @@ Legend: C channels, H W pixels.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -21,6 +23,7 @@ Pixels = NDArray[np.uint8]
 # simplejpeg calls libjpeg-turbo directly and returns what Pillow does, bit for bit, in three quarters of the time.
 _SIMPLEJPEG = import_module("simplejpeg") if find_spec("simplejpeg") else None
 _JPEG = b"\xff\xd8\xff"
+_GREY = ("1", "L", "LA", "I")
 
 
 class UndecodableImageError(UserError):
@@ -39,6 +42,24 @@ def read_picture(image: bytes, channels: int) -> Pixels:
         pixels = _colour_jpeg(_SIMPLEJPEG, image)
         if pixels is not None:
             return pixels
+    with _opened(image) as file:
+        picture = _converted(file, channels)
+    return np.array(picture).reshape(picture.height, picture.width, channels)
+
+
+def is_grey(image: bytes) -> bool:
+    """Whether an image file has no colours.
+
+    Raises:
+        UndecodableImageError: the bytes are damaged or no image.
+    """
+    with _opened(image) as file:
+        return file.mode in _GREY or file.mode.startswith("I;16")
+
+
+@contextmanager
+def _opened(image: bytes) -> Iterator[Image.Image]:
+    """An image file as Pillow opens it; any error of the block means that it is damaged."""
     # Pillow's readers raise errors of many types on broken bytes: to us they all mean the same.
     stream = io.BytesIO(image)
     try:
@@ -46,11 +67,10 @@ def read_picture(image: bytes, channels: int) -> Pixels:
             most = Image.MAX_IMAGE_PIXELS or file.width * file.height
             if file.width * file.height > most:  # Pillow itself refuses those of twice as many
                 raise ValueError(f"it has {file.width} x {file.height} pixels, more than {most}")
-            picture = _converted(file, channels)
+            yield file
     except Exception as error:
         told = str(error).replace(repr(stream), "")  # Pillow names it by its address
         raise UndecodableImageError(" ".join(told.split()) or type(error).__name__) from error
-    return np.array(picture).reshape(picture.height, picture.width, channels)
 
 
 def _colour_jpeg(library: ModuleType, image: bytes) -> Pixels | None:
@@ -69,7 +89,7 @@ def _converted(file: Image.Image, channels: int) -> Image.Image:
     if file.mode == mode:
         file.load()
         return file
-    if file.mode.startswith("I;16"):  # Pillow would clip these at 255
+    if file.mode.startswith("I;16") or (file.mode, file.format) == ("I", "PPM"):  # Pillow would clip these at 255
         return Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert(mode)
     if "transparency" in file.info:  # Pillow wants the palette's transparency spelt out before it is dropped
         return file.convert("RGBA").convert(mode)
