@@ -6,11 +6,11 @@ Legend: C channels, H W pixels.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from PIL import Image
 
 from smalti.core.errors import UserError
 
+T = TypeVar("T")
 Pixels = NDArray[np.uint8]
 
 # simplejpeg calls libjpeg-turbo directly and returns what Pillow does, bit for bit, in three quarters of the time.
@@ -42,8 +43,7 @@ def read_picture(image: bytes, channels: int) -> Pixels:
         pixels = _colour_jpeg(_SIMPLEJPEG, image)
         if pixels is not None:
             return pixels
-    with _opened(image) as file:
-        picture = _converted(file, channels)
+    picture = _opened(image, lambda file: _converted(file, channels))
     return np.array(picture).reshape(picture.height, picture.width, channels)
 
 
@@ -53,13 +53,11 @@ def is_grey(image: bytes) -> bool:
     Raises:
         UndecodableImageError: the bytes are damaged or no image.
     """
-    with _opened(image) as file:
-        return file.mode in _GREY or file.mode.startswith("I;16")
+    return _opened(image, lambda file: file.mode in _GREY or file.mode.startswith("I;16"))
 
 
-@contextmanager
-def _opened(image: bytes) -> Iterator[Image.Image]:
-    """An image file as Pillow opens it; any error of the block means that it is damaged."""
+def _opened(image: bytes, look: Callable[[Image.Image], T]) -> T:
+    """What `look` gives of an image file as Pillow opens it; any error of it means that the file is damaged."""
     # Pillow's readers raise errors of many types on broken bytes: to us they all mean the same.
     stream = io.BytesIO(image)
     try:
@@ -67,7 +65,7 @@ def _opened(image: bytes) -> Iterator[Image.Image]:
             most = Image.MAX_IMAGE_PIXELS or file.width * file.height
             if file.width * file.height > most:  # Pillow itself refuses those of twice as many
                 raise ValueError(f"it has {file.width} x {file.height} pixels, more than {most}")
-            yield file
+            return look(file)
     except Exception as error:
         told = str(error).replace(repr(stream), "")  # Pillow names it by its address
         raise UndecodableImageError(" ".join(told.split()) or type(error).__name__) from error

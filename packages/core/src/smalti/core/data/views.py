@@ -40,7 +40,7 @@ class Views(NamedTuple):
         if self.ten_crops:
             return np.concatenate([decode_ten_crops(image, preprocessing, box, crops) for crops in self.ten_crops])
         pixels = decode(image, preprocessing, box)
-        return np.stack([pixels, pixels[:, :, ::-1]] if self.flip else [pixels])
+        return np.stack([pixels, pixels[:, :, ::-1]]) if self.flip else pixels[None]
 
     def decode(self, image: bytes, preprocessing: Preprocessing, box: Box | None, view: int) -> Pixels:
         """One view of an image file, uint8 `(C, H, W)`.
