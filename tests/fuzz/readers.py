@@ -56,6 +56,7 @@ from smalti.eval.evaluation_sides import opened_statistics
 from smalti.eval.image_source import stored_images
 from smalti.eval.protocols import Protocol
 from smalti.eval.sample_archive import SampleArchive
+from smalti.gaussian.fitting.input import read_image
 
 LAYOUT = TokenLayout.grid(4, 4, (16, 300))
 SIZE = Preprocessing(image_size=8, fit="center-crop")
@@ -150,6 +151,12 @@ def _read_picture(folder: Path) -> None:
         assert decode_whole(content, 3).dtype == np.uint8
     except UserError as error:  # who reads it names the file
         raise UserError(f"{path}: {error}") from None
+
+
+def _read_picture_to_fit(folder: Path) -> None:
+    pixels = read_image(_only(folder), 16)
+    assert len(pixels) in (1, 3)
+    assert bool(((pixels >= 0) & (pixels <= 1)).all())
 
 
 def _read_picture_folder(folder: Path) -> None:
@@ -564,6 +571,7 @@ def _seed_texts(folder: Path) -> None:
 
 READERS = {
     "pictures": Reader(_seed_pictures, _read_picture),
+    "fit": Reader(_seed_pictures, _read_picture_to_fit),
     "folder": Reader(_seed_pictures, _read_picture_folder),
     "shards": Reader(_seed_shards, _read_shards),
     "lists": Reader(_seed_lists, _read_list),

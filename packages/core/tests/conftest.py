@@ -39,9 +39,9 @@ def smalti(tmp_path):
     return run
 
 
-def png(value: np.ndarray) -> bytes:
+def png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(value).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -53,6 +53,16 @@ def tar_of(members: dict[str, bytes]) -> bytes:
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def make_png():
+    return png
+
+
+@pytest.fixture(scope="session")
+def make_tar():
+    return tar_of
 
 
 @pytest.fixture

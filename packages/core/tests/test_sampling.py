@@ -283,6 +283,9 @@ def test_names_of_classes_without_a_recipe(models, tmp_path, monkeypatch):
     with np.load(tmp_path / "out" / "samples.npz") as archive:
         assert set(archive["arr_1"].tolist()) == {NAMES.index("Sneaker")}
     assert [path.name for path in (tmp_path / "out" / "images").iterdir()] == ["1-Sneaker"]
+    write_json(tmp_path / "g" / "trained_on.json", {"tokenizer": ""})
+    with pytest.raises(UserError, match=r"trained_on.json cannot be used: classes: Field required"):
+        class_names(tmp_path / "g", 3)
     names = class_names("llamagen-b-256", 1000)
     assert len(set(names)) == 1000
     assert (names[0], names[207], names[999]) == ("tench", "golden retriever", "toilet tissue")
@@ -309,6 +312,11 @@ def test_prompts_are_lines_of_a_file_or_a_text(tmp_path, content, prompts):
     if content is not None:
         (tmp_path / "prompts.txt").write_text(content)
     assert read_prompts("no file" if content is None else str(tmp_path / "prompts.txt")) == prompts
+
+
+@pytest.mark.parametrize("length", [100, 255, 5000])
+def test_a_prompt_longer_than_names_of_files_are(length):
+    assert read_prompts("ö" * length) == ("ö" * length,)
 
 
 def test_no_prompts(tmp_path):

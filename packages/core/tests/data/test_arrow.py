@@ -115,3 +115,17 @@ def test_offsets_that_point_out_of_the_file(tmp_path):
     path.write_bytes(content.replace(offsets, beyond))
     with refused(f"{path} is damaged or no Arrow stream: "):
         HuggingFaceOptions(path=str(tmp_path)).build()
+
+
+def test_rows_without_a_label(tmp_path):
+    write(tmp_path / "data.arrow", [(b"1", None, 0), (b"2", None, None)])
+    with refused(f"{tmp_path} has no label in entry 2"):
+        HuggingFaceOptions(path=str(tmp_path)).build()
+
+
+def test_names_nested_beyond_reading(tmp_path):
+    path = tmp_path / "data.arrow"
+    table = pa.table({"image": [b"1"], "label": [2]}, metadata={"huggingface": "[" * 100_000})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    assert HuggingFaceOptions(path=str(tmp_path)).build().classes == ("0", "1", "2")

@@ -9,8 +9,9 @@ from PIL import Image
 from pydantic import ValidationError
 
 from smalti.core.data.augmentation import Augmentation, RandomCrop, RandomResizedCrop, RandomScaleCrop
-from smalti.core.data.decode import UndecodableImageError, decode, decode_augmented, decode_ten_crops
+from smalti.core.data.decode import decode, decode_augmented, decode_ten_crops
 from smalti.core.data.geometry import quickly_resized, resized
+from smalti.core.data.picture import UndecodableImageError
 from smalti.core.options import Preprocessing
 
 

@@ -48,7 +48,8 @@ def test_images_and_labels_of_the_batches(cifar10):
 def test_either_folder_will_do_and_the_environment(cifar10, monkeypatch):
     inner = CIFAR10Options(path=str(cifar10 / "cifar-10-batches-py")).build()
     monkeypatch.setenv("CIFAR10_ROOT", str(cifar10))
-    assert len(inner) == len(CIFAR10Options().build()) == 20
+    monkeypatch.chdir(cifar10 / "cifar-10-batches-py")
+    assert len(inner) == len(CIFAR10Options().build()) == len(CIFAR10Options(path=".").build()) == 20
 
 
 def test_cifar100_has_fine_and_coarse_labels(tmp_path, monkeypatch):

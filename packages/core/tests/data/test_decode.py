@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from smalti.core.data.decode import UndecodableImageError, decode, decode_whole
+from smalti.core.data.decode import decode, decode_whole
+from smalti.core.data.picture import UndecodableImageError
 from smalti.core.errors import UserError
 from smalti.core.options import Preprocessing
 
@@ -87,7 +88,8 @@ def test_uncommon_modes(make_png):
     palette = colour.convert("P")
     assert decode(encoded(palette, transparency=bytes(range(256))), options).shape == (3, 4, 4)
     deep = RANDOM.integers(0, 65536, (4, 4), dtype=np.uint16)
-    assert np.array_equal(decode(encoded(Image.fromarray(deep)), options)[0], deep >> 8)
+    for kind in ("PNG", "TIFF", "PPM"):
+        assert np.array_equal(decode(encoded(Image.fromarray(deep), kind), options)[0], deep >> 8)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
@@ -138,3 +140,11 @@ def test_a_whole_image_keeps_its_size(make_png):
     assert decode_whole(make_png(image), 1).shape == (1, 3, 5)
     with pytest.raises(UndecodableImageError):
         decode_whole(b"no image", 3)
+
+
+@pytest.mark.parametrize("fit", ["center-crop", "bicubic-crop", "bilinear-crop"])
+def test_a_line_of_pixels_is_not_resized_to_gigabytes(make_png, fit):
+    content = make_png(np.zeros((1, 9000), np.uint8))
+    with pytest.raises(UndecodableImageError, match="it would be resized to 2304000 x 256 pixels, more than 268435456"):
+        decode(content, Preprocessing(image_size=256, fit=fit))
+    assert decode(content, Preprocessing(image_size=8, fit=fit)).shape == (3, 8, 8)

@@ -36,7 +36,7 @@ def no_roots(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_folder_per_class_in_the_order_of_torchvision(write):
+def test_a_folder_per_class_in_the_order_of_torchvision(write, monkeypatch):
     root = write("dog/b.png", "dog/a.jpg", "cat/deep/er/z.PNG", "cat/y.webp", "cat/deep/x.png", "cat/.hidden.png")
     (root / "dog" / "notes.txt").touch()
     dataset = FolderOptions(path=str(root)).build()
@@ -47,6 +47,8 @@ def test_a_folder_per_class_in_the_order_of_torchvision(write):
         for name in ("cat/y.webp", "cat/deep/x.png", "cat/deep/er/z.PNG", "dog/a.jpg", "dog/b.png")
     ]
     assert (dataset.name, len(dataset)) == (root.name, 5)
+    monkeypatch.chdir(root)
+    assert FolderOptions(path=".").build().name == root.name
 
 
 def test_orders_are_permutations_and_parts_of_them_are_had_at_once(write):
@@ -171,6 +173,12 @@ def test_imagenets_flat_validation_with_wrong_labels(write):
         options.build()
     labels.write_text("v_1 0\nv_2 5\n")
     with refused("image v_2.JPEG of imagenet has the label 5: with 1 classes, labels are 0 to 0"):
+        options.build()
+    labels.write_text("v_1 0\n,,\nv_2 0\n")  # a line without a word is passed over
+    assert labelled(options.build()) == [("v_1", 0), ("v_2", 0)]
+    labels.unlink()
+    (root / "val_label.json").write_text("[0, 0]")
+    with refused(f"{root}/val_label.json is damaged, expected a label for each image of {root}/val"):
         options.build()
     with refused(f"{root}/nothing does not exist, expected the folder of ImageNet, with train/ and val/"):
         ImageNetOptions(path=f"{root}/nothing").build()

@@ -83,6 +83,10 @@ def test_names_of_classes(tmp_path):
         ("l.csv", "a,b\n1,2\n", {}, "l.csv has no column image or filename or file_name or file or image_path or path"),
         ("l.csv", "image,b\n1,2\n", {"label": "y"}, "l.csv has no column y: there are image, b"),
         ("l.json", '[{"image": "a"}, {"file": "b"}]', {}, "l.json has no 'image' in entry 2"),
+        ("l.csv", "image,y\na,0\nb\n", {"label": "y"}, "l.csv has no 'y' in entry 2"),
+        ("l.csv", "image,y\na,0\nb,\n", {"label": "y"}, "l.csv has no label in entry 2"),
+        ("l.json", '{"a": 0, "b": null}', {"label": "label"}, "l.json has no 'label' in entry 2"),
+        ("l.csv", "image,y\na,1\nb,-1\n", {"label": "y"}, "l.csv has the label -1, expected numbers from 0 on of at"),
         ("l.json", "[1, 2]", {}, "l.json is no list of images: expected paths or objects"),
         ("l.json", "{", {}, "l.json is damaged, expected a list of images: Expecting property name"),
         ("l.jsonl", '{"image": "a"}\n{', {}, "l.jsonl is damaged, expected a list of images"),
@@ -190,5 +194,33 @@ def test_splits_of_celeba_that_are_no_text(tmp_path):
     (tmp_path / "img_align_celeba").mkdir()
     table = tmp_path / "list_eval_partition.txt"
     table.write_bytes(b"000001.jpg 0\n\xff")
-    with refused(f"{table} is damaged, expected lines with a file and the number of its split"):
+    with refused(f"{table} cannot be read as text: "):
         CelebAOptions(path=str(tmp_path)).build()
+
+
+def test_only_ends_of_lines_end_entries(tmp_path):
+    path = tmp_path / "l.jsonl"
+    caption = "one\u2028two\x85three"
+    path.write_text(json.dumps({"image": "a.png", "text": caption}, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    (record,) = ListOptions(path=str(path), text="text").build().records()
+    assert record.text_bytes.decode() == caption
+
+
+@pytest.mark.parametrize("name", ["l.txt", "l.json", "l.jsonl", "l.csv"])
+def test_a_mark_of_byte_order_is_no_part_of_a_list(tmp_path, name):
+    content = {".txt": "a.png", ".json": '["a.png"]', ".jsonl": '"a.png"', ".csv": "image\na.png"}
+    path = tmp_path / name
+    path.write_text(content[path.suffix], encoding="utf-8-sig")
+    assert labelled(ListOptions(path=str(path)).build()) == [("a", 0)]
+
+
+def test_a_list_that_may_not_be_read(tmp_path, monkeypatch):
+    path = tmp_path / "l.txt"
+    path.touch()
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(path), "read_text", refuse)
+    with refused(f"{path} cannot be read: Permission denied"):
+        ListOptions(path=str(path)).build()

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalti.core.data.augmentation import Augmentation, RandomResizedCrop
-from smalti.core.data.decode import decode_ten_crops
+from smalti.core.data.decode import decode, decode_ten_crops
 from smalti.core.data.loader import TrainBatches, read_images
+from smalti.core.data.views import Views
 from smalti.core.errors import UserError
 from smalti.core.options import Preprocessing
 
@@ -251,15 +252,21 @@ def test_augmentation_belongs_to_the_image_and_the_epoch_and_not_to_the_process(
     assert not any(torch.equal(alone[f"k{index}", 0], alone[f"k{index}", 1]) for index in range(12))
 
 
-def test_ten_crops_are_views_of_every_image(memory_dataset, make_png):
+def test_views_of_every_image(memory_dataset, make_png):
     image = make_png(np.random.default_rng(0).integers(0, 256, (9, 9), np.uint8))
     dataset = memory_dataset(3, {1: image})
-    (batch,) = read_images(
-        dataset, Preprocessing(image_size=8, channels=1), 4, ten_crops=1.2, max_undecodable=0, warn=refuse
-    )
-    assert batch.images.shape == (3, 10, 1, 8, 8)
-    expected = decode_ten_crops(image, Preprocessing(image_size=8, channels=1), crop_range=1.2)
-    assert torch.equal(batch.images[1], torch.from_numpy(expected) / 127.5 - 1)
+    how = Preprocessing(image_size=8, channels=1)
+
+    def pixels(views):
+        (batch,) = read_images(dataset, how, 4, views=views, max_undecodable=0, warn=refuse)
+        assert batch.images.shape == (3, len(views.names), 1, 8, 8)
+        return batch.images[1]
+
+    near, far = (decode_ten_crops(image, how, crop_range=crops) for crops in (1.1, 1.5))
+    assert torch.equal(pixels(Views(ten_crops=(1.1, 1.5))), torch.from_numpy(np.concatenate([near, far])) / 127.5 - 1)
+    (whole,) = pixels(Views())
+    assert torch.equal(whole, torch.from_numpy(decode(image, how)) / 127.5 - 1)
+    assert torch.equal(pixels(Views(flip=True)), torch.stack([whole, whole.flip(-1)]))
 
 
 def test_reading_with_workers_is_the_same(memory_dataset):

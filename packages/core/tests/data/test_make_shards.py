@@ -115,6 +115,9 @@ def test_a_folder_with_other_shards_is_refused(photos, tmp_path):
     make(photos, tmp_path / "out", samples=10)
     with refused(f"{tmp_path}/out holds another data set already: give another folder, or remove it first"):
         make(photos, tmp_path / "out", samples=11)
+    (tmp_path / "out" / "dataset.json").write_text("[]")
+    with refused(f"{tmp_path}/out holds another data set already"):
+        make(photos, tmp_path / "out", samples=10)
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "making.json").write_text("{}")
     with refused(f"{tmp_path}/half holds shards of other options, half made: give another folder"):
@@ -158,7 +161,7 @@ def test_a_box_is_cut_out(tmp_path, memory_dataset, make_png):
     assert (record.key, record.label) == ("a/b_c", 1)
     assert np.array_equal(decode_whole(record.image, 3), pixels[2:8, 1:6].transpose(2, 0, 1))
     dataset.items = [Record(key, make_png(pixels), 0) for key in ("a.b", "a_b")]
-    with refused("two images in a row have the key 'a_b', in"):
+    with refused("two samples in a row have the key 'a_b', in"):
         make_shards(dataset, tmp_path / "twice", ShardSettings(shuffle=None), **how)
 
 
@@ -172,8 +175,36 @@ def test_damaged_images_are_left_out_as_far_as_allowed(photos, tmp_path):
         "image 'a/00' cannot be decoded and is left out",
         "image 'b/12' cannot be decoded and is left out",
     ]
+    assert not any("0x" in sentence for sentence in told)  # an address, another one each time
     with refused("2 images of photos cannot be decoded and 1 may be left out: mend them or raise --max-undecodable"):
         make(photos, tmp_path / "less", str, max_undecodable=1, samples=10, encode="png")
+
+
+def test_images_mended_since_a_run_that_was_refused(photos, tmp_path):
+    mended = {path: path.read_bytes() for path in (photos / "a" / "00.png", photos / "b" / "12.png")}
+    for path in mended:
+        path.write_bytes(b"broken")
+    with refused("2 images of photos cannot be decoded and 1 may be left out"):
+        make(photos, tmp_path / "out", str, max_undecodable=1, samples=10, encode="png", shuffle=None)
+    for path, content in mended.items():
+        path.write_bytes(content)
+    assert sum(make(photos, tmp_path / "out", samples=10, encode="png", shuffle=None).values()) == 25
+    make(photos, tmp_path / "whole", samples=10, encode="png", shuffle=None)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_images_left_out_before_a_restart_count(photos, tmp_path):
+    for path in (photos / "a" / "00.png", photos / "b" / "12.png"):
+        path.write_bytes(b"broken")
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    how = {"max_undecodable": 1, "samples": 10, "encode": "png", "shuffle": None}
+    with pytest.raises(KeyboardInterrupt):
+        make(photos, tmp_path / "out", str, advance=stop, **how)
+    with refused("2 images of photos cannot be decoded and 1 may be left out"):
+        make(photos, tmp_path / "out", str, **how)
 
 
 def test_a_full_folder_of_a_source_that_is_gone(photos, tmp_path):
@@ -220,12 +251,12 @@ def test_check_counts_and_lists_damage(photos):
         findings = check(dataset, workers, seen.append)
         assert len(seen) == 25
         assert findings.labels == {0: 9, 1: 14}
-        assert [sentence.partition(":")[0] for sentence in findings.damaged] == ["a/00", "b/13"]
+        assert [sentence.partition(":")[0] for sentence in findings.damaged] == ["image 'a/00'", "image 'b/13'"]
         first, *others = findings.sentences(dataset)
         assert first == "photos: 23 images of 2 classes, 2 damaged"
         assert others[0] == "  9 to 14 images per class"
         assert others[1].startswith("  23 sizes, from 20x13 to 20x36 pixels")
-        assert others[2].startswith("  damaged: a/00: cannot identify image file")
+        assert others[2].startswith("  damaged: image 'a/00': cannot identify image file")
 
 
 def test_check_goes_on_after_a_damaged_shard(shard_folder):

@@ -143,6 +143,7 @@ def test_arrays_that_are_none(tmp_path, monkeypatch, content):
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
+        ('{"class_id": 1, "tokens": [1.5, 2]}', "line 1 of {} is damaged: expected class_id and tokens (ValueError"),
         (
             '{"class_id": 1, "tokens": [1000000000000000000000]}',
             "line 1 of {} is damaged: expected class_id and tokens",

@@ -76,3 +76,11 @@ def test_damaged_texts_name_their_image(memory_dataset):
         with pytest.raises(UserError, match=r"^the text of image 'k0' is damaged: "):
             text_of(record._replace(text=damaged))
     assert text_of(record) is None
+
+
+def test_halves_of_characters_in_a_list(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text('[{"image": "a.png", "caption": "half \\ud83d"}]')
+    (record,) = ListOptions(path=str(path), text="caption").build().records()
+    with pytest.raises(UserError, match=r"^the text of image 'a' is damaged: 'utf-8' codec can't decode"):
+        text_of(record)

@@ -1,5 +1,4 @@
 import gzip
-import io
 import json
 import os
 import re
@@ -327,12 +326,12 @@ def test_shards_have_plain_names(tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize("label", [b"1" * 5000, b"99999999999", b"\xc2\xb2"])
-def test_labels_that_are_no_class(tmp_path, label):
+def test_labels_that_are_no_class(tmp_path, make_tar, label):
     write(tmp_path, 2)
     path = tmp_path / shard_name(0)
     members = tar_members(path)
     members["s1.cls"] = label
-    write_tar(path, members)
+    path.write_bytes(make_tar(members))
     with refused(f"sample 's1' of shard {path} has the label '"):
         read_token_shards(tmp_path)
 
@@ -340,14 +339,6 @@ def test_labels_that_are_no_class(tmp_path, label):
 def tar_members(path):
     with tarfile.open(path) as tar:
         return {info.name: tar.extractfile(info).read() for info in tar}
-
-
-def write_tar(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
 
 
 def sparse(path, packed):

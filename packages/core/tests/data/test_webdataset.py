@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from smalti.core.data import webdataset
-from smalti.core.data.tar_shards import read_shard
+from smalti.core.data.tar_shards import index_shard, read_shard
 from smalti.core.data.webdataset import WebDatasetOptions
 from smalti.core.errors import UserError
 
@@ -263,6 +263,8 @@ def test_patterns_that_match_nothing_tell_what_is_there(tmp_path):
         build(f"{tmp_path}/data")
     with refused("need the environment variable WDS_ELSEWHERE, which is not set"):
         build(f"{tmp_path}/train-${{ELSEWHERE}}.tar")
+    with refused(f"{tmp_path}/data**.tar"):
+        build(f"{tmp_path}/data**.tar")
     with refused("fashion-mnist holds LICENSE, dataset.json"):
         build("embedded:fashion-mnist/test-*.tar.gz")
 
@@ -275,6 +277,8 @@ def test_a_command_that_fails(shard_folder):
         keys(build(f"pipe:head -c 20000 {shard}; exit 4"))
     with refused("its command ended with exit status 5"):
         keys(build(f"pipe:cat {shard}; exit 5"))
+    with refused("shard http://[x.tar cannot be opened: "):
+        keys(build("http://[x.tar"))
     with refused("shard nowhere:x.tar cannot be opened: nowhere:x.tar: no gopen handler defined"):
         keys(build("nowhere:x.tar"))
 
@@ -380,3 +384,8 @@ def test_without_the_extra_the_sentence_names_it(monkeypatch):
     monkeypatch.setattr(webdataset, "find_spec", lambda name: None)
     with refused("reading tar shards needs the extra smalti-core[data]"):
         build("x")
+
+
+def test_a_shard_that_went_away(tmp_path):
+    with refused("a.tar is damaged or incomplete after 0 samples: No such file or directory"):
+        index_shard(f"{tmp_path}/a.tar")

@@ -58,5 +58,5 @@ def test_texts_that_cannot_be_had(clip, tmp_path):
     shapes = np.zeros((1, 2), np.float32), np.zeros((3, 2), np.float32)
     with pytest.raises(UserError, match=r"^the texts of one batch have features of the shapes \(1, 2\), \(3, 2\)$"):
         TextFeatures(Text())(batch(*shapes), ())
-    with pytest.raises(UserError, match=rf"^text.encoder: {tmp_path} is a folder, without a CLIP of transformers: "):
+    with pytest.raises(UserError, match=rf"^the text encoder {tmp_path} is a folder, without a CLIP of transformers "):
         TextFeatures(Text(encoder=str(tmp_path)))

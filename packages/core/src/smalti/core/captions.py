@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -29,13 +30,14 @@ def read_prompts(given: str) -> tuple[str, ...]:
     """The lines of a text file that are not empty; of what is no file, the text itself.
 
     Raises:
-        UserError: there is no text.
+        UserError: there is no text, or the file cannot be read.
     """
-    path = Path(given)
-    try:
-        lines = path.read_text().splitlines() if len(given) < 256 and path.is_file() else [given]
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"--prompts: {path} cannot be read as text: {error}") from None
+    lines = [given]
+    if os.path.isfile(given):  # noqa: PTH113  # of a text too long for a name, a Path would raise an error
+        try:
+            lines = Path(given).read_text(encoding="utf-8").splitlines()
+        except (UnicodeDecodeError, OSError) as error:
+            raise UserError(f"--prompts: {given} cannot be read as text: {error}") from None
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
         raise UserError("--prompts: there is no text; give one, or a file with one on each line")

@@ -5,12 +5,41 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from smalti.core.errors import UserError
 from smalti.core.files import read_json
+from smalti.core.options import sentences
 
 TRAINED_ON = "trained_on.json"
-"""Beside the weights of a generator of a run: the fingerprint of its tokenizer, and the names of the classes."""
-
 IMAGENET_CLASSES = 1000
+
+
+class TrainedOn(BaseModel):
+    """What `trained_on.json` tells, beside the weights of a generator of a run.
+
+    Args:
+        tokenizer: fingerprint of its tokenizer.
+        classes: names.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokenizer: str
+    classes: tuple[str, ...]
+
+
+def read_trained_on(generator: Path) -> TrainedOn:
+    """What a generator's folder tells.
+
+    Raises:
+        UserError: there is no `trained_on.json`, or it is damaged.
+    """
+    path = generator / TRAINED_ON
+    try:
+        return TrainedOn.model_validate(read_json(path, "what the generator was trained on"))
+    except ValidationError as error:
+        raise UserError(f"{path} cannot be used: {sentences(error)}") from None
 
 
 def class_names(generator: str | Path, classes: int) -> tuple[str, ...]:
@@ -22,10 +51,12 @@ def class_names(generator: str | Path, classes: int) -> tuple[str, ...]:
 
     Returns:
         A name for each, or nothing where they are not known, or torchvision, which has ImageNet's, is not installed.
+
+    Raises:
+        UserError: the folder's `trained_on.json` is damaged.
     """
-    path = Path(generator) / TRAINED_ON
-    if path.is_file():
-        return tuple(read_json(path, "what the generator was trained on")["classes"])
+    if (Path(generator) / TRAINED_ON).is_file():
+        return read_trained_on(Path(generator)).classes
     if classes != IMAGENET_CLASSES:
         return ()
     try:

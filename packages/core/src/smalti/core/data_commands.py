@@ -42,7 +42,7 @@ def make(
     encode: Annotated[str, typer.Option(help="keep, jpg or png.")] = "keep",
     quality: Annotated[int, typer.Option(help="Of JPEG, 1 to 100.")] = 95,
     workers: Workers = 2,
-    max_undecodable: Annotated[int, typer.Option(help="Damaged images that may be left out.")] = 0,
+    max_undecodable: Annotated[int, typer.Option(min=0, help="Damaged images that may be left out.")] = 0,
 ) -> None:
     """Write a data set as WebDataset tar shards with a dataset.json, e.g. `shards make out folder path=photos`."""
     from pydantic import ValidationError

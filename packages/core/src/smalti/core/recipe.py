@@ -74,7 +74,8 @@ class DataSection(Options):
         train: for training.
         validation: for judging.
         augment: what chance does to the tokenizer's training images; None fits them as its preprocessing does.
-        max_undecodable: images that may be damaged, by pass over the data, before a stage gives up.
+        max_undecodable: images that each process may leave out as damaged, by pass over the data or by shard of tokens;
+            of more the stage gives up.
         workers: threads of each process that decode images ahead of time; the images are the same with any number.
     """
 

@@ -39,7 +39,7 @@ def caption_features(texts: Sequence[str], options: CaptionOptions, encoder: str
     source = encoder or options.encoder
     if source is None:
         raise UserError("the generator does not name the text encoder of its captions: give it with --text-encoder")
-    tokens, tower = _t5(source)
+    tokens, tower = text_model(source, "T5EncoderModel", "T5", "--text-encoder")
     if tower.config.d_model != options.width:
         raise UserError(
             f"the text encoder {source} makes features {tower.config.d_model} wide, the generator takes {options.width}"
@@ -54,16 +54,26 @@ def caption_features(texts: Sequence[str], options: CaptionOptions, encoder: str
     return features
 
 
-def _t5(source: str) -> tuple[Any, Any]:
-    """The splitter of texts and the encoder."""
+def text_model(source: str, model: str, kind: str, option: str) -> tuple[Any, Any]:
+    """The splitter of texts and the encoder, in float32, of a text model of transformers.
+
+    Args:
+        source: a folder or a hub repository.
+        model: its class in transformers.
+        kind: what it is called.
+        option: where it was given.
+
+    Raises:
+        UserError: transformers is not installed, or there is no such model.
+    """
     transformers = import_extra("transformers")
     try:
-        tower = transformers.T5EncoderModel.from_pretrained(source, dtype=torch.float32)
+        tower = getattr(transformers, model).from_pretrained(source, dtype=torch.float32)
         return transformers.AutoTokenizer.from_pretrained(source), tower
     except (OSError, ValueError, KeyError, ImportError) as error:
         what = "a folder" if Path(source).is_dir() else "neither a folder nor a hub repository that can be reached"
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"the text encoder {source} is {what}, without a T5 of transformers ({first}): download it from the hub, "
-            "and give its folder with --text-encoder"
+            f"the text encoder {source} is {what}, without a {kind} of transformers ({first}): download it from the "
+            f"hub, and give its folder with {option}"
         ) from None

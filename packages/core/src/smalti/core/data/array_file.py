@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from smalti.core.errors import UserError
 from smalti.core.layout import TokenLayout
 
+Tokens = NDArray[np.integer[Any]]
+
 
 @contextmanager
 def parsed_header() -> Iterator[None]:
@@ -36,6 +38,13 @@ def parse_array(content: bytes) -> NDArray[Any]:
     if not array.dtype.itemsize:  # of these any number fits into no bytes
         raise ValueError(f"its elements are {array.dtype}, which has no size")
     return array
+
+
+def array_bytes(array: NDArray[Any]) -> bytes:
+    """The bytes of a `.npy` file, the same for the same array."""
+    content = io.BytesIO()
+    np.lib.format.write_array(content, np.ascontiguousarray(array), allow_pickle=False)
+    return content.getvalue()
 
 
 def check_stored_tokens(tokens: NDArray[Any], layout: TokenLayout, where: str) -> None:

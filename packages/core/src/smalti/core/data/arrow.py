@@ -5,7 +5,6 @@ pyarrow maps the files into memory; an image is read when it is asked for.
 
 from __future__ import annotations
 
-import json
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ from smalti.core.data.indexed import IndexedDataset
 from smalti.core.data.listings import numbered
 from smalti.core.data.places import located, wrong_place
 from smalti.core.errors import UserError
+from smalti.core.files import parse_json
 from smalti.core.options import DatasetOptions
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img", "jpg", "png"), ("label", "labels", "fine_label", "cls")
@@ -78,7 +78,7 @@ class ArrowImages(IndexedDataset):
         folders = [folder for folder in (root / options.split, root) if any(folder.glob("*.arrow"))]
         if not folders:
             raise wrong_place(root, f"{expected} ({options.split})")
-        self.name = root.name
+        self.name = root.absolute().name
         table = _table(folders[0])
         image = _column(table, options.image, IMAGE_COLUMNS, folders[0])
         label = None
@@ -127,7 +127,7 @@ def _column(table: Any, wanted: str | None, known: tuple[str, ...], folder: Path
 def _class_names(table: Any, label: str) -> tuple[str, ...] | None:
     """The names in the features that `datasets` writes into the schema, if they are there."""
     try:
-        features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+        features = parse_json(table.schema.metadata[b"huggingface"])["info"]["features"]
         return tuple(map(str, features[label]["names"]))
     except (KeyError, TypeError, ValueError):
         return None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from smalti.core.data.dataset import ImageDataset
-from smalti.core.data.listed import ListedImages
+from smalti.core.data.listed import ListedImages, lines_of_words
 from smalti.core.data.places import located, wrong_place
 from smalti.core.errors import UserError
 from smalti.core.options import DatasetOptions
@@ -50,10 +50,8 @@ def _first(root: Path, name: str) -> Path | None:
 
 def _splits(table: Path) -> list[tuple[str, int]]:
     """File and number of the split of every image."""
+    lines = lines_of_words(table)
     try:
-        lines = [line.replace(",", " ").split() for line in table.read_text().splitlines() if line.strip()]
-        if table.suffix == ".csv":
-            lines = lines[1:]
         return [(file, int(split)) for file, split in lines]
     except ValueError:
         raise UserError(f"{table} is damaged, expected lines with a file and the number of its split") from None

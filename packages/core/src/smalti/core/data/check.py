@@ -67,5 +67,5 @@ def _look(record: Record) -> tuple[int, tuple[int, int] | str]:
     try:
         _, height, width = decode_whole(record.image, 3, record.box).shape
     except UserError as error:
-        return record.label, f"{record.key}: {error}"
+        return record.label, f"image {record.key!r}: {error}"
     return record.label, (width, height)

@@ -79,13 +79,14 @@ class CIFAR(IndexedDataset):
 
     def __init__(self, name: str, folder: Path, batches: list[str], meta: str, names: bytes, labels: bytes) -> None:
         self.name = name
+        (told,) = _entries(folder / meta, (names, list))
         try:
-            self.classes = tuple(bytes.decode(entry) for entry in _entry(folder / meta, names, list))
+            self.classes = tuple(map(bytes.decode, told))
         except (TypeError, UnicodeDecodeError):
             raise UserError(f"{folder / meta} is damaged: its {names.decode()} are no names") from None
         images, numbers = [], []
         for batch in batches:
-            pixels, own = _entry(folder / batch, b"data", np.ndarray), _entry(folder / batch, labels, list)
+            pixels, own = _entries(folder / batch, (b"data", np.ndarray), (labels, list))
             if pixels.dtype != np.uint8 or pixels.shape != (len(own), 3 * SIDE * SIDE):
                 raise UserError(f"{folder / batch} holds {pixels.dtype} {pixels.shape} for {len(own)} labels")
             images.append(pixels.reshape(-1, 3, SIDE, SIDE))
@@ -108,13 +109,13 @@ def _folder(path: str | None, variable: str, name: str) -> Path:
     expected = f"the folder {name}, or the one that holds it"
     root = located(path, variable, expected)
     for folder in (root / name, root):
-        if folder.is_dir() and folder.name == name:
+        if folder.is_dir() and folder.absolute().name == name:
             return folder
     raise wrong_place(root, expected)
 
 
-def _entry(path: Path, key: bytes, kind: type) -> Any:
-    """The value of a key in a batch file."""
+def _entries(path: Path, *wanted: tuple[bytes, type]) -> list[Any]:
+    """The values of some keys in a batch file, each of the type that is wanted."""
     try:
         with path.open("rb") as file:
             content = _PlainUnpickler(file, encoding="bytes").load()
@@ -122,10 +123,11 @@ def _entry(path: Path, key: bytes, kind: type) -> Any:
         raise wrong_place(path, "a batch of CIFAR") from None
     except Exception as error:  # noqa: BLE001  # broken pickles raise errors of all types
         raise UserError(f"{path} is damaged or no batch of CIFAR: {' '.join(str(error).split())[:200]}") from None
-    value = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(value, kind):
-        raise UserError(f"{path} is no batch of CIFAR: it has no {key.decode()}")
-    return value
+    values = content if isinstance(content, dict) else {}
+    for key, kind in wanted:
+        if not isinstance(values.get(key), kind):
+            raise UserError(f"{path} is no batch of CIFAR: it has no {key.decode()}")
+    return [values[key] for key, _ in wanted]
 
 
 def _array(*_: object) -> NDArray[np.uint8]:

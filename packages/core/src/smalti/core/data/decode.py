@@ -25,8 +25,6 @@ from smalti.core.data.picture import Pixels, UndecodableImageError, read_picture
 from smalti.core.errors import UserError
 from smalti.core.options import Preprocessing
 
-__all__ = ["UndecodableImageError", "decode", "decode_augmented", "decode_ten_crops", "decode_whole", "ten_views"]
-
 
 def decode(image: bytes, preprocessing: Preprocessing, box: Box | None = None) -> Pixels:
     """An image file as uint8 `(C, H, W)`, the same on every machine.
@@ -37,7 +35,8 @@ def decode(image: bytes, preprocessing: Preprocessing, box: Box | None = None) -
         box: the part of the image that is fitted, see `Record.box`.
 
     Raises:
-        UndecodableImageError: the bytes are damaged or no image, or the box lies outside of it.
+        UndecodableImageError: the bytes are damaged or no image, the box lies outside of it, or it is so long that
+            resizing its short side would make it vast.
         UserError: the image is larger than `image_size` and `fit` is `pad`.
     """
     return _channels_first(_fitted(_opened(image, preprocessing.channels, box), preprocessing))

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from smalti.core.data.dataset import ImageDataset
-from smalti.core.data.listed import ListedImages, class_folders, images_below, label_number
+from smalti.core.data.listed import ListedImages, class_folders, images_below, label_number, lines_of_words
 from smalti.core.data.places import located, wrong_place
 from smalti.core.errors import UserError
-from smalti.core.files import parse_json, read_json
+from smalti.core.files import read_json
 from smalti.core.options import DatasetOptions
 
 CLASS_INDEX = "ImageNet_class_index.json"
@@ -36,10 +36,10 @@ class FolderOptions(DatasetOptions):
             files = images_below(root) if root.is_dir() else []
             if not files:
                 raise wrong_place(root, "a folder with images")
-            return ListedImages(root.name, ["all"], root, files)
+            return ListedImages(root.absolute().name, ["all"], root, files)
         expected = "a folder with one folder of images per class"
         root = located(self.path, "DATASET_ROOT", expected)
-        return by_class_folder(root.name, root, expected)
+        return by_class_folder(root.absolute().name, root, expected)
 
 
 class ImageNetOptions(DatasetOptions):
@@ -115,10 +115,7 @@ def _validation_labels(root: Path, folder: Path, files: list[str], synsets: list
     if not paths:
         raise wrong_place(root, f"the labels of {folder}, in {VALIDATION_LABELS[0]} or folders by class")
     path = paths[0]
-    try:
-        labels = _label_lines(path)
-    except (ValueError, AttributeError):
-        raise UserError(f"{path} is damaged, expected a label for each image of {folder}") from None
+    labels = _told_labels(path, f"a label for each image of {folder}")
     if all(file == "" for file, _ in labels) and len(labels) == len(files):
         labels = [(file, label) for file, (_, label) in zip(files, labels, strict=True)]
     by_stem = {Path(file).stem: label for file, label in labels}
@@ -132,12 +129,11 @@ def _validation_labels(root: Path, folder: Path, files: list[str], synsets: list
         raise UserError(f"{path}: a label is neither a number nor a class of {root}: {error}") from None
 
 
-def _label_lines(path: Path) -> list[tuple[str, str]]:
+def _told_labels(path: Path, expected: str) -> list[tuple[str, str]]:
     """File (empty where the line has none) and label."""
-    text = path.read_text()
     if path.suffix == ".json":
-        return [(file, str(label)) for file, label in parse_json(text).items()]
-    lines = [line.replace(",", " ").split() for line in text.splitlines() if line.strip()]
-    if path.suffix == ".csv":
-        lines = lines[1:]
-    return [("", line[0]) if len(line) == 1 else (line[0], line[1]) for line in lines]
+        content = read_json(path, expected)
+        if not isinstance(content, dict):
+            raise UserError(f"{path} is damaged, expected {expected}")
+        return [(file, str(label)) for file, label in content.items()]
+    return [("", line[0]) if len(line) == 1 else (line[0], line[1]) for line in lines_of_words(path)]

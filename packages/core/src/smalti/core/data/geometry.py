@@ -11,11 +11,12 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from smalti.core.data.picture import Pixels
+from smalti.core.data.picture import Pixels, UndecodableImageError
 
 Filter = Literal["bicubic", "bilinear"]
 Resize = Callable[[Pixels, int, int, Filter], Pixels]
 _PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+LARGEST = 1 << 28  # pixels; one that is long and a pixel high would be enlarged to any number
 
 
 def resized(pixels: Pixels, width: int, height: int, kind: Filter) -> Pixels:
@@ -57,14 +58,14 @@ def adm_resized(pixels: Pixels, size: int, resize: Resize = resized) -> Pixels:
     pixels = halved(pixels, size)
     height, width = pixels.shape[:2]
     scale = size / min(height, width)
-    return resize(pixels, round(width * scale), round(height * scale), "bicubic")
+    return resize(pixels, *_possible(round(width * scale), round(height * scale)), "bicubic")
 
 
 def short_side_resized(pixels: Pixels, size: int, kind: Filter, resize: Resize = resized) -> Pixels:
     """Resized to a short side of `size`, the other one rounded down, as torchvision does it."""
     height, width = pixels.shape[:2]
     short = min(height, width)
-    return resize(pixels, size * width // short, size * height // short, kind)
+    return resize(pixels, *_possible(size * width // short, size * height // short), kind)
 
 
 def cut(pixels: Pixels, left: int, top: int, size: int) -> Pixels:
@@ -87,6 +88,12 @@ def torchvision_centre(pixels: Pixels, size: int, background: int) -> Pixels:
         pixels = np.pad(pixels, around, constant_values=background)
         height, width = pixels.shape[:2]
     return cut(pixels, round((width - size) / 2), round((height - size) / 2), size)
+
+
+def _possible(width: int, height: int) -> tuple[int, int]:
+    if width * height > LARGEST:
+        raise UndecodableImageError(f"it would be resized to {width} x {height} pixels, more than {LARGEST}")
+    return width, height
 
 
 def _picture(pixels: Pixels) -> Image.Image:

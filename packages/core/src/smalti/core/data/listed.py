@@ -65,11 +65,26 @@ class ListedImages(IndexedDataset):
         file = self._files[index]
         key = file if self._whole_keys else os.path.splitext(file)[0]  # noqa: PTH122
         content = FilePart(os.path.join(self.root, file))  # noqa: PTH118
-        text = None if self._texts is None else self._texts[index].encode()
+        # JSON may hold halves of characters, which UTF-8 has not: `text_of` tells of them.
+        text = None if self._texts is None else self._texts[index].encode(errors="surrogatepass")
         return Record(key, content, int(self._labels[index]), self.box, text)
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+def lines_of_words(path: Path) -> list[list[str]]:
+    """The words of each line of a text file; commas part words, too, and a `.csv` begins with names of columns.
+
+    Raises:
+        UserError: the file cannot be read, or is no text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as text: {error}") from None
+    lines = [words for line in text.splitlines() if (words := line.replace(",", " ").split())]
+    return lines[1:] if path.suffix == ".csv" else lines
 
 
 def label_number(text: str) -> int:

@@ -96,12 +96,14 @@ def read_rows(path: Path, *, labelled: bool) -> Rows:
     """The rows of a list; those of a text file have `image` and perhaps `label`.
 
     Raises:
-        UserError: the file is damaged (names the line), of an unknown kind, or holds no row.
+        UserError: the file cannot be read, is damaged or of an unknown kind, or holds no row.
     """
     try:
         rows = _rows(path, labelled=labelled)
     except UserError:
         raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (csv.Error, ValueError) as error:
         raise UserError(f"{path} is damaged, expected a list of images: {error}") from None
     if not rows:
@@ -113,8 +115,8 @@ def _rows(path: Path, *, labelled: bool) -> Rows:
     if path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8-sig") as file:
             return list(csv.DictReader(file))
-    text = path.read_text(encoding="utf-8")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    text = path.read_text(encoding="utf-8-sig")
+    lines = [line.strip() for line in text.split("\n") if line.strip()]  # captions may hold what else splits lines
     match path.suffix:
         case ".txt":
             return [_text_row(line, path, labelled=labelled) for line in lines]
@@ -146,11 +148,10 @@ def _column(rows: Rows, wanted: str | None, known: Sequence[str], path: Path) ->
     if found is None:
         there = ", ".join(map(str, rows[0]))
         raise UserError(f"{path} has no column {' or '.join(names)}: there are {there}")
-    try:
-        return [row[found] for row in rows]
-    except KeyError:
-        number = next(number for number, row in enumerate(rows, 1) if found not in row)
-        raise UserError(f"{path} has no {found!r} in entry {number}") from None
+    values = [row.get(found) for row in rows]
+    if None in values:
+        raise UserError(f"{path} has no {found!r} in entry {values.index(None) + 1}")
+    return values
 
 
 def numbered(
@@ -164,16 +165,18 @@ def numbered(
         where: for errors.
 
     Raises:
-        UserError: a label is neither a number nor the name of a class.
+        UserError: a label is missing, or neither a number from 0 on nor the name of a class.
     """
-    texts = [str(label).strip() for label in labels]
+    texts = ["" if label is None else str(label).strip() for label in labels]
+    if "" in texts:
+        raise UserError(f"{where} has no label in entry {texts.index('') + 1}")
     if isinstance(classes, tuple):
         names = classes
-    elif all(text.isdecimal() for text in texts):
-        longest = max(texts, key=len)
-        if len(longest) > DIGITS:
+    elif all(text.removeprefix("-").isdecimal() for text in texts):
+        wrong = next((text for text in texts if text.startswith("-") or len(text) > DIGITS), None)
+        if wrong is not None:
             raise UserError(
-                f"{where} has the label {longest[:20]}, expected numbers of at most {DIGITS} digits, or names"
+                f"{where} has the label {wrong[:20]}, expected numbers from 0 on of at most {DIGITS} digits, or names"
             )
         names = tuple(map(str, range(classes or max(map(int, texts)) + 1)))
     else:

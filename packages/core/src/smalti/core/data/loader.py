@@ -19,8 +19,9 @@ from torch import Tensor
 
 from smalti.core.data.augmentation import Augmentation
 from smalti.core.data.dataset import ImageDataset, Record
-from smalti.core.data.decode import UndecodableImageError, decode, decode_augmented, decode_ten_crops
+from smalti.core.data.decode import decode, decode_augmented
 from smalti.core.data.parallel import ahead, in_order
+from smalti.core.data.picture import UndecodableImageError
 from smalti.core.data.position import Position, Shared
 from smalti.core.data.texts import Text, text_of
 from smalti.core.data.views import Views
@@ -205,7 +206,7 @@ def read_images(
     *,
     max_undecodable: int,
     warn: Callable[[str], None],
-    ten_crops: float | None = None,
+    views: Views | None = None,
     workers: int = 0,
 ) -> Iterator[IndexedBatch]:
     """The records `[start, stop)` in stored order, once; the last batch may be smaller.
@@ -218,16 +219,14 @@ def read_images(
         stop: index after the last record.
         max_undecodable: images that may be left out.
         warn: told about each image that is left out.
-        ten_crops: the `crop_range` of `decode_ten_crops`; images are then `(B, V, C, H, W)` with its ten views.
+        views: all of these of each image; images are then `(B, V, C, H, W)`.
         workers: threads that decode.
 
     Raises:
         UserError: too many undecodable images, or what the dataset raises.
     """
     left_out = _LeftOut(dataset.name, max_undecodable, warn)
-    decoder: Callable[..., NDArray[np.uint8]] = partial(decode, preprocessing=preprocessing)
-    if ten_crops is not None:
-        decoder = partial(decode_ten_crops, preprocessing=preprocessing, crop_range=ten_crops)
+    decoder = partial(decode if views is None else views.decode_all, preprocessing=preprocessing)
     rows: list[tuple[Record, NDArray[np.uint8]]] = []
     indices: list[int] = []
     records = dataset.records_from(start)

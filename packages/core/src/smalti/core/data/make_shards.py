@@ -9,29 +9,27 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import numpy as np
 from PIL import Image
 from pydantic import Field
 
 from smalti.core.data.dataset import ImageDataset, Record
-from smalti.core.data.decode import UndecodableImageError, decode_whole
-from smalti.core.data.geometry import resized
+from smalti.core.data.decode import decode_whole
+from smalti.core.data.geometry import short_side_resized
 from smalti.core.data.parallel import in_order
-from smalti.core.data.picture import Pixels
-from smalti.core.data.tar_shards import index_shard
+from smalti.core.data.picture import Pixels, UndecodableImageError, is_grey
+from smalti.core.data.tar_shards import index_shard, write_shard
 from smalti.core.data.texts import is_features
 from smalti.core.data.webdataset import CARD
 from smalti.core.errors import UserError
-from smalti.core.files import atomic_write, read_json, remove_temporaries, write_json
+from smalti.core.files import read_json, remove_temporaries, write_json
 from smalti.core.options import Options
 
 PLAN = "making.json"
 _KINDS = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
-_GREY = ("1", "L", "LA", "I;16", "I;16B", "I;16L")
 
 
 class ShardSettings(Options):
@@ -95,7 +93,7 @@ def make_shards(
     plan = {"source": source, "settings": settings.model_dump(mode="json"), "records": len(dataset)}
     if (folder / CARD).exists():
         card = read_json(folder / CARD, "the card of a data set")
-        if card.get("made_from") != plan:
+        if not isinstance(card, dict) or card.get("made_from") != plan:
             raise UserError(f"{folder} holds another data set already: give another folder, or remove it first")
         advance(len(dataset))
         return dict(card["shards"])
@@ -112,7 +110,6 @@ def make_shards(
         for sentence in damaged:
             warn(sentence)
         if left_out > max_undecodable:
-            (folder / name).unlink()  # made again, with the images mended
             raise UserError(
                 f"{left_out} images of {dataset.name} cannot be decoded and {max_undecodable} may be left out: "
                 f"mend them or raise --max-undecodable"
@@ -131,28 +128,32 @@ def _shards(dataset: ImageDataset, folder: Path, settings: ShardSettings) -> Ite
 
 
 def _written(shard: _Shard, encoded: Callable[[Record], tuple[str, bytes]]) -> tuple[str, int, list[str]]:
-    """Write a shard that is missing; its name, the samples in it, and a sentence about each image left out."""
-    from webdataset import TarWriter
+    """Write a shard that is missing, or that images were left out of, which may be mended by now.
 
+    Returns:
+        Its name, the samples in it, and a sentence about each image that is left out.
+    """
     path, records = shard
-    if path.exists():
-        return path.name, len(index_shard(str(path))), []
-    keys = [record.key.lstrip("/").replace(".", "_") for record in records]  # WebDataset ends keys at a dot
-    for one, other in pairwise(keys):
-        if one == other:
-            raise UserError(f"two images in a row have the key {one!r}, in {path} they would be one")
-    damaged = []
-    with atomic_write(path) as file, TarWriter(file, mtime=0, encoder=False, compress=False) as tar:
-        for key, record in zip(keys, records, strict=True):
-            try:
-                ending, content = encoded(record)
-            except UndecodableImageError as error:
-                damaged.append(f"image {record.key!r} cannot be decoded and is left out: {error}")
-                continue
-            text = record.text_bytes
-            texts = {} if text is None else {"npy" if is_features(text) else "txt": text}
-            tar.write({"__key__": key, ending: content, "cls": str(record.label).encode()} | texts)
-    return path.name, len(records) - len(damaged), damaged
+    if path.exists() and len(index_shard(str(path))) == len(records):
+        return path.name, len(records), []
+    damaged: list[str] = []
+    count = write_shard(path, _samples(records, encoded, damaged))
+    return path.name, count, damaged
+
+
+def _samples(
+    records: list[Record], encoded: Callable[[Record], tuple[str, bytes]], damaged: list[str]
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and files of each record; a sentence about each that is left out goes to `damaged`."""
+    for record in records:
+        try:
+            ending, content = encoded(record)
+        except UndecodableImageError as error:
+            damaged.append(f"image {record.key!r} cannot be decoded and is left out: {error}")
+            continue
+        text = record.text_bytes
+        texts = {} if text is None else {"npy" if is_features(text) else "txt": text}
+        yield record.key, {ending: content, "cls": str(record.label).encode()} | texts
 
 
 def _encoded(record: Record, settings: ShardSettings) -> tuple[str, bytes]:
@@ -162,27 +163,16 @@ def _encoded(record: Record, settings: ShardSettings) -> tuple[str, bytes]:
     wanted = settings.encode if settings.encode != "keep" else kind or "png"
     if kind == wanted and record.box is None and settings.short_side is None:
         return wanted, content
-    pixels = decode_whole(content, _channels(content), record.box).transpose(1, 2, 0)
-    height, width = pixels.shape[:2]
-    short = min(height, width)
-    if settings.short_side is not None and short > settings.short_side:
-        side = settings.short_side
-        pixels = resized(np.ascontiguousarray(pixels), side * width // short, side * height // short, "bicubic")
+    pixels = decode_whole(content, 1 if is_grey(content) else 3, record.box).transpose(1, 2, 0)
+    if settings.short_side is not None and min(pixels.shape[:2]) > settings.short_side:
+        pixels = short_side_resized(pixels, settings.short_side, "bicubic")
     elif kind == wanted and record.box is None:
         return wanted, content
     return wanted, _file(pixels, wanted, settings.quality)
 
 
-def _channels(content: bytes) -> int:
-    try:
-        with Image.open(io.BytesIO(content)) as file:
-            return 1 if file.mode in _GREY else 3
-    except Exception as error:
-        raise UndecodableImageError(" ".join(str(error).split()) or type(error).__name__) from error
-
-
 def _file(pixels: Pixels, kind: str, quality: int) -> bytes:
-    picture = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
+    picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     buffer = io.BytesIO()
     match kind:
         case "jpg":

@@ -6,9 +6,11 @@ Legend: C channels, H W pixels.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +18,13 @@ from PIL import Image
 
 from smalti.core.errors import UserError
 
+T = TypeVar("T")
 Pixels = NDArray[np.uint8]
 
 # simplejpeg calls libjpeg-turbo directly and returns what Pillow does, bit for bit, in three quarters of the time.
 _SIMPLEJPEG = import_module("simplejpeg") if find_spec("simplejpeg") else None
 _JPEG = b"\xff\xd8\xff"
+_GREY = ("1", "L", "LA", "I")
 
 
 class UndecodableImageError(UserError):
@@ -39,6 +43,21 @@ def read_picture(image: bytes, channels: int) -> Pixels:
         pixels = _colour_jpeg(_SIMPLEJPEG, image)
         if pixels is not None:
             return pixels
+    picture = _opened(image, lambda file: _converted(file, channels))
+    return np.array(picture).reshape(picture.height, picture.width, channels)
+
+
+def is_grey(image: bytes) -> bool:
+    """Whether an image file has no colours.
+
+    Raises:
+        UndecodableImageError: the bytes are damaged or no image.
+    """
+    return _opened(image, lambda file: file.mode in _GREY or file.mode.startswith("I;16"))
+
+
+def _opened(image: bytes, look: Callable[[Image.Image], T]) -> T:
+    """What `look` gives of an image file as Pillow opens it; any error of it means that the file is damaged."""
     # Pillow's readers raise errors of many types on broken bytes: to us they all mean the same.
     stream = io.BytesIO(image)
     try:
@@ -46,11 +65,10 @@ def read_picture(image: bytes, channels: int) -> Pixels:
             most = Image.MAX_IMAGE_PIXELS or file.width * file.height
             if file.width * file.height > most:  # Pillow itself refuses those of twice as many
                 raise ValueError(f"it has {file.width} x {file.height} pixels, more than {most}")
-            picture = _converted(file, channels)
+            return look(file)
     except Exception as error:
         told = str(error).replace(repr(stream), "")  # Pillow names it by its address
         raise UndecodableImageError(" ".join(told.split()) or type(error).__name__) from error
-    return np.array(picture).reshape(picture.height, picture.width, channels)
 
 
 def _colour_jpeg(library: ModuleType, image: bytes) -> Pixels | None:
@@ -69,7 +87,7 @@ def _converted(file: Image.Image, channels: int) -> Image.Image:
     if file.mode == mode:
         file.load()
         return file
-    if file.mode.startswith("I;16"):  # Pillow would clip these at 255
+    if file.mode.startswith("I;16") or (file.mode, file.format) == ("I", "PPM"):  # Pillow would clip these at 255
         return Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert(mode)
     if "transparency" in file.info:  # Pillow wants the palette's transparency spelt out before it is dropped
         return file.convert("RGBA").convert(mode)

@@ -10,19 +10,18 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from smalti.core.data.array_file import check_stored_tokens, parse_array
+from smalti.core.data.array_file import Tokens, check_stored_tokens, parse_array
 from smalti.core.errors import UserError
 from smalti.core.files import parse_json
 from smalti.core.layout import TokenLayout
 from smalti.core.options import Options
 
-Tokens = NDArray[np.integer[Any]]
 # FQGAN stores each sub-code in a file of its own; in the order of its tokenizer's streams.
 SUFFIXES = (("",), ("_vis", "_sem"), ("_vis", "_sem_mid", "_sem_high"))
 
@@ -152,8 +151,10 @@ class LineTokens(StoredTokens):
         for number, line in enumerate(self._lines(start, stop), start + 1):
             try:
                 content = parse_json(line)
-                row = np.asarray(content["tokens"], np.int64)
+                row = np.asarray(content["tokens"])
                 label = int(content["class_id"])
+                if row.dtype.kind != "i":
+                    raise ValueError(f"the tokens are {row.dtype}")
             except (ValueError, KeyError, TypeError, OverflowError) as error:
                 told = f"{type(error).__name__}: {error}"
                 raise UserError(

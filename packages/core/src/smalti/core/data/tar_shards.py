@@ -1,4 +1,4 @@
-"""Tar shards read as streams: every cut and every damaged byte that the formats can show is an error.
+"""Tar shards: read as streams, where every cut and damaged byte that the formats can show is an error; and written.
 
 `webdataset` opens the stream and groups the files of a sample. In between stands a reader of our own,
 because `tarfile` takes a broken header for the end of the archive, and its stream mode never checks gzip's
@@ -13,16 +13,18 @@ import lzma
 import os
 import signal
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from webdataset.gopen import Pipe, gopen
 from webdataset.tariterators import group_by_keys
+from webdataset.writer import TarWriter
 
 from smalti.core.data.dataset import FilePart
 from smalti.core.errors import UserError
+from smalti.core.files import atomic_write
 
 # What the exit status of a command is when its reader closes the pipe early: by itself, or told by a shell.
 _BROKEN_PIPE = (-signal.SIGPIPE, 128 + signal.SIGPIPE)
@@ -47,7 +49,7 @@ def read_shard(url: str) -> Iterator[dict[str, Any]]:
             samples += 1
         stream.close()
     except Exception as error:  # of the formats, and of numbers in headers that nobody has
-        reason = _command_failure(stream) or str(error.args[0] if error.args else error)
+        reason = _command_failure(stream) or _reason(error)
         raise UserError(f"shard {url} is damaged or incomplete after {samples} samples: {reason}") from error
     finally:
         with suppress(OSError):  # a command whose output we no longer want ends with a broken pipe
@@ -58,8 +60,8 @@ def is_plain(url: str) -> bool:
     """Whether it is a local tar file that is not compressed, so that any sample of it can be read at once."""
     if not _is_local(url):
         return False
-    with Path(url).open("rb") as file:
-        return not file.read(6).startswith(tuple(_UNPACKERS))
+    with _opened(url) as file:
+        return not file.peek(6).startswith(tuple(_UNPACKERS))
 
 
 def _is_local(url: str) -> bool:
@@ -74,9 +76,42 @@ def index_shard(path: str) -> list[dict[str, Any]]:
         with Path(path).open("rb") as file:
             samples.extend(group_by_keys(_parts(path, file)))
     except Exception as error:
-        reason = error.args[0] if error.args else error
-        raise UserError(f"shard {path} is damaged or incomplete after {len(samples)} samples: {reason}") from error
+        raise UserError(
+            f"shard {path} is damaged or incomplete after {len(samples)} samples: {_reason(error)}"
+        ) from error
     return samples
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
+    """Write a plain shard, whole or not at all; the same samples give the same bytes.
+
+    Args:
+        path: of the shard.
+        samples: key, and bytes of each file by its extension. Dots in a key become underscores, for WebDataset ends
+            keys at the first, and slashes in front of it are dropped.
+
+    Returns:
+        How many they were.
+
+    Raises:
+        UserError: two neighbours of one key, or a disk that is full.
+    """
+    count, last = 0, None
+    with atomic_write(path) as file, TarWriter(file, mtime=0, encoder=False, compress=False) as tar:
+        for name, files in samples:
+            key = name.lstrip("/").replace(".", "_")
+            if key == last:
+                raise UserError(f"two samples in a row have the key {key!r}, in {path} they would be one")
+            tar.write({"__key__": key, **files})
+            count, last = count + 1, key
+    return count
+
+
+def _reason(error: Exception) -> str:
+    """What an error says; webdataset adds where it was to the arguments of any."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error.args[0] if error.args else error)
 
 
 def _parts(path: str, file: Any) -> Iterator[dict[str, Any]]:

@@ -10,10 +10,8 @@ Legend: N samples, V views of an image (itself, its mirror image), L positions, 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,16 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from smalti.core.data.array_file import check_stored_tokens, parse_array
+from smalti.core.data.array_file import Tokens, array_bytes, check_stored_tokens, parse_array
 from smalti.core.data.listed import DIGITS
-from smalti.core.data.tar_shards import read_shard
+from smalti.core.data.tar_shards import read_shard, write_shard
 from smalti.core.errors import UserError
-from smalti.core.files import atomic_write, read_json, write_json
+from smalti.core.files import read_json, write_json
 from smalti.core.layout import TokenLayout
 from smalti.core.options import sentences
 
 MANIFEST = "layout.json"
-Tokens = NDArray[np.integer[Any]]
 
 
 class ShardEntry(BaseModel):
@@ -113,7 +110,7 @@ def write_token_shard(
 
     Args:
         path: of the shard, see `shard_name`.
-        keys: n names; dots in them become underscores, for WebDataset ends a key at its first dot.
+        keys: n names, written as `write_shard` does.
         tokens: `(n, V, L, S)`.
         labels: n.
         layout: of the tokens.
@@ -121,21 +118,14 @@ def write_token_shard(
     Raises:
         UserError: tokens that do not fit the layout, two neighbours of one key, or a disk that is full.
     """
-    from webdataset import TarWriter
-
     assert len(keys) == len(tokens) == len(labels)
     check_stored_tokens(tokens, layout, f"the tokens for {path}")
     compact = tokens.astype(_type_for(layout))
-    members = [key.replace(".", "_") for key in keys]
-    for one, other in pairwise(members):
-        if one == other:
-            raise UserError(f"two samples in a row have the key {one!r}, in {path} they would be one")
-    with atomic_write(path) as file, TarWriter(file, mtime=0, encoder=False, compress=False) as tar:
-        for key, array, label in zip(members, compact, labels, strict=True):
-            content = io.BytesIO()
-            np.lib.format.write_array(content, np.ascontiguousarray(array), allow_pickle=False)
-            tar.write({"__key__": key, "npy": content.getvalue(), "cls": str(int(label)).encode()})
-    return ShardEntry(name=path.name, samples=len(keys))
+    samples = (
+        (key, {"npy": array_bytes(array), "cls": str(int(label)).encode()})
+        for key, array, label in zip(keys, compact, labels, strict=True)
+    )
+    return ShardEntry(name=path.name, samples=write_shard(path, samples))
 
 
 def write_manifest(folder: Path, manifest: TokenManifest) -> None:

@@ -35,6 +35,13 @@ class Views(NamedTuple):
             return tuple(name for crops in self.ten_crops for name in ten_views(crops))
         return ("original", "flip") if self.flip else ("original",)
 
+    def decode_all(self, image: bytes, preprocessing: Preprocessing, box: Box | None) -> Pixels:
+        """All views of an image file, uint8 `(V, C, H, W)`; arguments and errors as of `decode`."""
+        if self.ten_crops:
+            return np.concatenate([decode_ten_crops(image, preprocessing, box, crops) for crops in self.ten_crops])
+        pixels = decode(image, preprocessing, box)
+        return np.stack([pixels, pixels[:, :, ::-1]]) if self.flip else pixels[None]
+
     def decode(self, image: bytes, preprocessing: Preprocessing, box: Box | None, view: int) -> Pixels:
         """One view of an image file, uint8 `(C, H, W)`.
 

@@ -16,7 +16,6 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlparse
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -169,8 +168,8 @@ def find_shards(pattern: str) -> list[str]:
     `${NAME}` in it is the environment variable `WDS_NAME`.
 
     Raises:
-        UserError: a local pattern matches nothing (says what is there), an environment variable is not set, or braces
-            do not close.
+        UserError: a local pattern matches nothing (says what is there), an environment variable is not set, braces
+            do not close, or stars stand where they may not.
     """
     from webdataset.shardlists import expand_urls
 
@@ -188,12 +187,16 @@ def find_shards(pattern: str) -> list[str]:
 def _matches(url: str) -> list[str]:
     if url.startswith(EMBEDDED):
         url = str(ASSETS / url.removeprefix(EMBEDDED))
-    elif urlparse(url).scheme:
+    elif re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:", url):
         return [url]
     path = Path(url)
     if path.is_file():
         return [url]
-    found = sorted(map(str, Path(path.anchor).glob(str(path.relative_to(path.anchor))))) if glob.has_magic(url) else []
+    try:
+        paths = Path(path.anchor).glob(str(path.relative_to(path.anchor))) if glob.has_magic(url) else ()
+        found = sorted(map(str, paths))
+    except ValueError as error:  # stars that stand wrong
+        raise UserError(f"shards {url!r} cannot be expanded: {error}") from None
     if not found:
         hint = f"it is a folder, its shards would be {path}/*.tar" if path.is_dir() else what_is_there(path)
         raise UserError(f"no shard matches {url}: {hint}")
@@ -214,16 +217,18 @@ def _record(sample: dict[str, Any], shard: str, classes: int, text: str | None) 
     where = f"sample {sample['__key__']!r} of shard {shard}"
     images = [sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample]
     if not images:
-        found = ", ".join(f".{name}" for name in sample if not name.startswith("__"))
         expected = ", ".join(f".{name}" for name in IMAGE_EXTENSIONS)
-        raise UserError(f"{where} has no image: expected one of {expected}, found {found}")
+        raise UserError(f"{where} has no image: expected one of {expected}, found {_extensions(sample)}")
     if text is not None and text not in sample:
-        found = ", ".join(f".{name}" for name in sample if not name.startswith("__"))
-        raise UserError(f"{where} has no text: expected .{text}, found {found}")
+        raise UserError(f"{where} has no text: expected .{text}, found {_extensions(sample)}")
     label = 0 if text is not None and not {"cls", "json"} & sample.keys() else _label(sample, where)
     if not 0 <= label < classes:
         raise UserError(f"{where} has the label {label}: with {classes} classes, labels are 0 to {classes - 1}")
     return Record(sample["__key__"], images[0], label, text=None if text is None else sample[text])
+
+
+def _extensions(sample: dict[str, Any]) -> str:
+    return ", ".join(f".{name}" for name in sample if not name.startswith("__"))
 
 
 def _label(sample: dict[str, Any], where: str) -> int:
@@ -240,7 +245,7 @@ def _label(sample: dict[str, Any], where: str) -> int:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{where} has no number under `label` in its .json") from None
         if type(label) is not int:
-            raise UserError(f"{where} has the label {label!r}: expected an integer")
+            raise UserError(f"{where} has the label {label!r:.50}: expected an integer")
         return label
     raise UserError(f"{where} has no label: expected .cls, or .json with `label`")
 

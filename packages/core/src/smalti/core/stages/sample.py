@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from smalti.core.class_names import TRAINED_ON
+from smalti.core.class_names import read_trained_on
 from smalti.core.contracts import Generator, Tokenizer
 from smalti.core.errors import UserError
-from smalti.core.files import read_json
 from smalti.core.recipe import Recipe
 from smalti.core.sampling_run import SamplingRun, chosen_classes
 from smalti.core.stage import Stage
@@ -43,9 +42,9 @@ def sampling_of(run: Path, recipe: Recipe, device: str) -> SamplingRun:
         raise UserError(f"the recipe of {run} has no section sample")
     tokenizer = Tokenizer.from_pretrained(run / "tokenizer").to(device)
     generator = Generator.from_pretrained(run / "generator").to(device)
-    trained_on = read_json(run / "generator" / TRAINED_ON, "what the generator was trained on")
-    _check_pair(tokenizer, trained_on["tokenizer"], run / "generator")
-    names = tuple(trained_on["classes"])
+    trained_on = read_trained_on(run / "generator")
+    names = trained_on.classes
+    _check_pair(tokenizer, trained_on.tokenizer, run / "generator")
     chosen = chosen_classes(recipe.sample.classes, generator.classes, names)
     return SamplingRun(tokenizer, generator, recipe.sample, chosen, run / "samples", device, recipe.seed, names)
 

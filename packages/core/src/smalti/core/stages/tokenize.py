@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from smalti.core import distributed
 from smalti.core.contracts import Tokenizer
 from smalti.core.data.dataset import ImageDataset
-from smalti.core.data.loader import IndexedBatch, read_images
+from smalti.core.data.loader import read_images
 from smalti.core.data.stored_tokens import TokenSamples, TokenSource
-from smalti.core.data.tar_shards import read_shard
+from smalti.core.data.tar_shards import index_shard
 from smalti.core.data.token_shards import ShardEntry, TokenManifest, shard_name, write_manifest, write_token_shard
 from smalti.core.data.views import Views
-from smalti.core.options import Preprocessing
 from smalti.core.recipe import TokenizeSection
 from smalti.core.stage import Stage
 from smalti.core.weights import fingerprint
@@ -69,7 +67,7 @@ class Tokenize(Stage):
         stored = self.options.stored
         if stored is None:
             dataset = self.context.recipe.data.train.build()
-            source = TokenSource(dataset.name, dataset.classes, self._views, len(dataset))
+            source = TokenSource(dataset.name, dataset.classes, self._views.names, len(dataset))
             return source, partial(self._encoded, tokenizer, dataset)
 
         def read(start: int, stop: int, advance: Callable[[int], None]) -> TokenSamples:
@@ -80,58 +78,40 @@ class Tokenize(Stage):
         return stored.source(), read
 
     @property
-    def _views(self) -> tuple[str, ...]:
-        """Their names."""
-        return Views(self.options.flip, self.options.ten_crops).names
+    def _views(self) -> Views:
+        """Those of each image."""
+        return Views(self.options.flip, self.options.ten_crops)
 
     @torch.inference_mode()
     def _encoded(
         self, tokenizer: Tokenizer, dataset: ImageDataset, start: int, stop: int, advance: Callable[[int], None]
     ) -> TokenSamples:
-        layout = tokenizer.layout()
+        layout, views, data = tokenizer.layout(), self._views, self.context.recipe.data
         keys: list[str] = []
         labels: list[int] = []
-        empty = np.empty((0, len(self._views), layout.positions, layout.streams), np.int64)
-        tokens = [empty]
-        for images, batch in self._images(tokenizer.preprocessing, dataset, start, stop):
+        tokens = [np.empty((0, len(views.names), layout.positions, layout.streams), np.int64)]
+        for batch in read_images(
+            dataset,
+            tokenizer.preprocessing,
+            self.options.batch_size,
+            start,
+            stop,
+            max_undecodable=data.max_undecodable,
+            warn=self.context.reporter.say,
+            views=views,
+            workers=data.workers,
+        ):
             # View by view, so that as many images are encoded at once with many views as with one.
-            views = [tokenizer.encode(view.to(self.context.device)) for view in images]
-            tokens.append(torch.stack(views, dim=1).cpu().numpy())
+            encoded = [tokenizer.encode(view.to(self.context.device)) for view in batch.images.unbind(1)]
+            tokens.append(torch.stack(encoded, dim=1).cpu().numpy())
             keys += batch.keys
             labels += batch.labels.tolist()
             advance(len(batch.keys))
         return TokenSamples(keys, np.concatenate(tokens), labels)
 
-    def _images(
-        self, preprocessing: Preprocessing, dataset: ImageDataset, start: int, stop: int
-    ) -> Iterator[tuple[list[Tensor], IndexedBatch]]:
-        """Batches of images, view by view."""
-        recipe, options = self.context.recipe, self.options
-        ranges = options.ten_crops or (None,)
-        batches = [
-            read_images(
-                dataset,
-                preprocessing,
-                options.batch_size,
-                start,
-                stop,
-                max_undecodable=recipe.data.max_undecodable,
-                warn=self.context.reporter.say,
-                ten_crops=crops,
-                workers=recipe.data.workers,
-            )
-            for crops in ranges
-        ]
-        for sets in zip(*batches, strict=True):
-            if options.ten_crops:
-                yield [view for batch in sets for view in batch.images.unbind(1)], sets[0]
-            else:
-                images = sets[0].images
-                yield [images, images.flip(-1)][: len(self._views)], sets[0]
-
     def _finish(self, paths: list[Path], tokenizer: Tokenizer, source: TokenSource) -> None:
         """Write the file that says the shards are complete; undecodable images are not in them."""
-        entries = tuple(ShardEntry(name=path.name, samples=sum(1 for _ in read_shard(str(path)))) for path in paths)
+        entries = tuple(ShardEntry(name=path.name, samples=len(index_shard(str(path)))) for path in paths)
         manifest = TokenManifest(
             layout=tokenizer.layout(),
             classes=source.classes,

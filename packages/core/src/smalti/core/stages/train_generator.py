@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from smalti.core import distributed
-from smalti.core.class_names import TRAINED_ON
+from smalti.core.class_names import TRAINED_ON, TrainedOn
 from smalti.core.contracts import Tokenizer
 from smalti.core.data.encoded_batches import EncodedBatches
 from smalti.core.data.loader import TrainBatches
@@ -68,8 +68,8 @@ class TrainGenerator(Stage):
         weights = whole(generator.state_dict())
         if distributed.rank() == 0:
             generator.save_pretrained(context.run / "generator", averaged, weights)
-            trained_on = {"tokenizer": made_by, "classes": tokens.classes}
-            write_json(context.run / "generator" / TRAINED_ON, trained_on)
+            trained_on = TrainedOn(tokenizer=made_by, classes=tokens.classes)
+            write_json(context.run / "generator" / TRAINED_ON, trained_on.model_dump(mode="json"))
 
     @property
     def _options(self) -> GeneratorTraining:

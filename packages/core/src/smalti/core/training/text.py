@@ -6,16 +6,15 @@ Legend: B batch, M tokens of a text, T width of the features of one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smalti.core.backbones.pretrained import import_extra
 from smalti.core.data.loader import Batch, IndexedBatch
 from smalti.core.errors import UserError
+from smalti.core.text_encoder import text_model
 from smalti.core.training.frozen import Frozen
 from smalti.core.training.options import Text
 
@@ -81,14 +80,7 @@ class ClipText(nn.Module):
 
     def __init__(self, source: str) -> None:
         super().__init__()
-        transformers = import_extra("transformers")
-        try:
-            self.tower: Any = transformers.CLIPTextModel.from_pretrained(source, dtype=torch.float32)
-            self.tokens: Any = transformers.AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError, KeyError) as error:
-            what = "a folder" if Path(source).is_dir() else "neither a folder nor a hub repository that can be reached"
-            first = (str(error).splitlines() or [""])[0]
-            raise UserError(f"text.encoder: {source} is {what}, without a CLIP of transformers: {first}") from None
+        self.tokens, self.tower = text_model(source, "CLIPTextModel", "CLIP", "text.encoder")
         self.length = int(self.tower.config.max_position_embeddings)
 
     def forward(self, texts: list[str]) -> Tensor:
