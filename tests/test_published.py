@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from smalti.core.testing.parity import check_case, chosen_cases, load_runners
+from smalti.core.testing.parity import check_case, load_runners, parametrize_cases
 
 FOLDER = Path(__file__).parent / "parity"
 # Case names of the families whose models are published; operators, losses and generators are tested elsewhere.
@@ -57,19 +57,10 @@ ELSEWHERE = ("titok-losses",)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "path" not in metafunc.fixturenames:
-        return
-    folder = metafunc.config.getoption("--parity-cases", default=None)
-    cases = chosen_cases(FOLDER, folder, FAMILIES, ELSEWHERE)
-    metafunc.parametrize("path", cases.values(), ids=cases.keys())
-
-
-@pytest.fixture(scope="module")
-def runners() -> dict:
-    return load_runners(FOLDER, "published_*.py")
+    parametrize_cases(metafunc, FOLDER, FAMILIES, ELSEWHERE)
 
 
 @pytest.mark.slow
 @pytest.mark.parity
-def test_case(path: Path, runners: dict) -> None:
-    check_case(path, runners)
+def test_case(path: Path) -> None:
+    check_case(path, load_runners(FOLDER, "published_*.py"))

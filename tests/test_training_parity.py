@@ -10,26 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from smalti.core.testing.parity import check_case, chosen_cases, load_runners
+from smalti.core.testing.parity import check_case, load_runners, parametrize_cases
 
 FOLDER = Path(__file__).parent / "parity"
 FAMILIES = ("fqgan-training-losses", "gaussiantoken-metrics", "gaussiantoken-schedules", "xqgan-training-forward")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "path" not in metafunc.fixturenames:
-        return
-    folder = metafunc.config.getoption("--parity-cases", default=None)
-    cases = chosen_cases(FOLDER, folder, FAMILIES)
-    metafunc.parametrize("path", cases.values(), ids=cases.keys())
-
-
-@pytest.fixture(scope="module")
-def runners() -> dict:
-    return load_runners(FOLDER, "training_*.py")
+    parametrize_cases(metafunc, FOLDER, FAMILIES)
 
 
 @pytest.mark.slow
 @pytest.mark.parity
-def test_case(path: Path, runners: dict) -> None:
-    check_case(path, runners)
+def test_case(path: Path) -> None:
+    check_case(path, load_runners(FOLDER, "training_*.py"))

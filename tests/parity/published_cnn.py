@@ -203,6 +203,10 @@ def var(case: Case, parity: ModuleType) -> Stages:
     encoded, tokens = watched(tokenizer.encoder, lambda: tokenizer.encode(inputs["image"]))
     given = inputs["tokens"][..., None]
     with torch.no_grad():
+        total, following = None, []
+        for scale, part in enumerate(given.split(quantizer.areas, 1)):
+            total, later = quantizer.advance(total, quantizer.codes(part, scale), scale)
+            following.append(later)
         latent = tokenizer.to_codes(encoded)
         sums = list(quantizer.partial_sums(tokens))
         raw = preclamp(tokenizer, tokens)
@@ -215,7 +219,7 @@ def var(case: Case, parity: ModuleType) -> Stages:
             "f_hat": channel_first(sums[-1]),
             "reconstruction_preclamp": raw,
             "reconstruction": raw.clamp(-1, 1),
-            "var_input_from_tokens": quantizer.accumulated(given),
+            "var_input_from_tokens": torch.cat(following[:-1], 1),
             "f_hat_from_tokens": channel_first(quantizer.decode(given, tuple(latent.shape[1:3]))),
             "image_from_tokens": tokenizer.decode(given),
         }

@@ -92,7 +92,7 @@ def teacher_forced(model: VAR, tokens: Tensor, labels: Tensor) -> Stages:
     with torch.inference_mode():
         logits, null = (model.logits(tokens, rows) for rows in (labels, torch.full_like(labels, model.classes)))
         return {
-            "var_input": model.quantizer.accumulated(tokens),
+            "var_input": model.inputs._latents(tokens),
             "logits": torch.cat(logits, -1),
             "logits_argmax": torch.stack([part.argmax(-1) for part in logits], 1),
             "logits_unconditional": torch.cat(null, -1),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from smalti.core.testing.parity import check_case, chosen_cases, load_runners
+from smalti.core.testing.parity import check_case, load_runners, parametrize_cases
 
 FOLDER = Path(__file__).parent / "parity"
 FAMILIES = (
@@ -47,23 +47,9 @@ SLOW = (
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "path" not in metafunc.fixturenames:
-        return
-    folder = metafunc.config.getoption("--parity-cases", default=None)
-    cases = chosen_cases(FOLDER, folder, FAMILIES)
-    marked = [pytest.param(path, id=name, marks=_marks(name)) for name, path in cases.items()]
-    metafunc.parametrize("path", marked)
-
-
-def _marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
-    return (pytest.mark.slow,) if name.startswith(SLOW) else ()
-
-
-@pytest.fixture(scope="module")
-def runners() -> dict:
-    return load_runners(FOLDER, "core_parity_*.py")
+    parametrize_cases(metafunc, FOLDER, FAMILIES, slow=SLOW)
 
 
 @pytest.mark.parity
-def test_case(path: Path, runners: dict) -> None:
-    check_case(path, runners)
+def test_case(path: Path) -> None:
+    check_case(path, load_runners(FOLDER, "core_parity_*.py"))

@@ -6,23 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from smalti.core.testing.parity import check_case, chosen_cases, load_runners
+from smalti.core.testing.parity import check_case, load_runners, parametrize_cases
 
 FOLDER = Path(__file__).parent / "parity"
 FAMILIES = ("fqgan-adm-metrics", "gaussiantoken-metrics", "vistok-metrics")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "path" in metafunc.fixturenames:
-        cases = chosen_cases(FOLDER, metafunc.config.getoption("--parity-cases", default=None), FAMILIES)
-        metafunc.parametrize("path", [pytest.param(path, id=name) for name, path in cases.items()])
-
-
-@pytest.fixture(scope="module")
-def runners() -> dict:
-    return load_runners(FOLDER, "eval_parity_*.py")
+    parametrize_cases(metafunc, FOLDER, FAMILIES)
 
 
 @pytest.mark.parity
-def test_case(path: Path, runners: dict) -> None:
-    check_case(path, runners)
+def test_case(path: Path) -> None:
+    check_case(path, load_runners(FOLDER, "eval_parity_*.py"))

@@ -20,7 +20,7 @@ def one(angle=0.5, scales=(18.0, 8.0)):
 @pytest.mark.parametrize("sigmas", [1.0, 2.0])
 def test_an_outline_is_a_level_line_of_what_is_rendered(angle, sigmas):
     means, scales, rotations = one(angle)
-    drawn = draw_ellipses(means, scales, rotations, None, 120, 160, sigmas=sigmas)
+    drawn = draw_ellipses(means, sigmas * scales, rotations, torch.zeros(1, 3), 120, 160)
     image = rasterize_gaussians_2d(
         means[None], scales[None], rotations[None], torch.ones(1, 1, 1), torch.ones(1, 1), 120, 160, pixel_center=0.5
     )[0, 0]
@@ -34,8 +34,8 @@ def test_an_outline_is_a_level_line_of_what_is_rendered(angle, sigmas):
 
 def test_scales_are_those_of_the_grid():
     means, scales, rotations = one()
-    whole = draw_ellipses(means, scales, rotations, None, 64, 80)
-    mapped = draw_ellipses(means, scales / 4, rotations, None, 64, 80, grid=(16, 20))
+    whole = draw_ellipses(means, scales, rotations, torch.zeros(1, 3), 64, 80)
+    mapped = draw_ellipses(means, scales / 4, rotations, torch.zeros(1, 3), 64, 80, grid=(16, 20))
     assert np.array_equal(whole, mapped)
 
 
@@ -61,7 +61,7 @@ def test_colours_are_those_of_the_image_at_the_centre():
 
 
 def test_no_gaussians_are_an_empty_picture():
-    drawn = draw_ellipses(torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0), None, 4, 5)
+    drawn = draw_ellipses(torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0), torch.zeros(0, 3), 4, 5)
     assert drawn.shape == (4, 5, 3)
     assert (drawn == 255).all()
 

@@ -1,12 +1,14 @@
 """Fitting one picture with Gaussians: quality, files, resuming, rounding, mistakes."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from smalti.core.errors import UserError
 from smalti.gaussian.fitting.fit import FitOptions, Fitting, decibels, fit_image, psnr
-from smalti.gaussian.fitting.picture import GaussianPicture
+from smalti.gaussian.fitting.picture import GaussianPicture, read_file, write_file
 from smalti.gaussian.fitting.quantized import Bits, Levels, Tuning, load_quantized, parsed_bits, save_quantized
 from smalti.gaussian.fitting.start import starting_picture
 
@@ -62,8 +64,9 @@ def test_a_rendering_at_another_scale_is_the_same_picture(image, fitted):
     difference = (large[:, 1::3, 1::3] - small).abs()
     assert difference.max() < 0.05
     assert difference.mean() < 0.005
-    with pytest.raises(UserError, match=r"^scale 0.001 leaves nothing of a picture of 32 x 32 pixels$"):
-        fitted.picture.render(0.001)
+    for scale in (0.001, math.inf, math.nan):
+        with pytest.raises(UserError, match=rf"^scale {scale:g} leaves nothing of a picture of 32 x 32 pixels$"):
+            fitted.picture.render(scale)
 
 
 def test_a_stopped_fit_goes_on_to_the_same_bits(image, fitted):
@@ -105,6 +108,37 @@ def test_a_quantized_file_draws_what_was_measured(image, fitted, tmp_path, bits)
     assert torch.equal(levels.codes(back).sort(0).values, levels.codes(fitted.picture).sort(0).values)
     with pytest.raises(UserError, match=r"has the format 'smalti-gaussian-quantized-1', expected 'smalti-"):
         GaussianPicture.load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"codes": torch.zeros(9, dtype=torch.uint8)}, {"low": None}],
+)
+def test_a_quantized_file_that_lacks_something_is_told(fitted, tmp_path, change):
+    path = tmp_path / "quantized.safetensors"
+    save_quantized(path, fitted.picture, Levels.of(fitted.picture, Bits()))
+    kind = "smalti-gaussian-quantized-1"
+    tensors, facts = read_file(path, kind)
+    changed = {name: tensor for name, tensor in (tensors | change).items() if tensor is not None}
+    write_file(path, kind, changed, facts)
+    with pytest.raises(UserError, match=r"quantized.safetensors is damaged: "):
+        load_quantized(path)
+
+
+def test_a_file_of_other_tensors_is_told(tmp_path):
+    path = tmp_path / "gaussians.safetensors"
+    write_file(path, "smalti-gaussian-picture-1", {"points": torch.zeros(2)}, {"height": 4, "width": 5})
+    with pytest.raises(UserError, match=r"gaussians.safetensors is damaged: .*points"):
+        GaussianPicture.load(path)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_rounded_pictures_are_tuned(image, fitted):
+    there = fitted.picture.replaced({name: tensor.cuda() for name, tensor in fitted.picture.tensors().items()})
+    for picture in (fitted.picture, there):
+        tuning = Tuning(picture, image.cuda(), Bits(scales=4), 3)
+        assert len(list(tuning.steps())) == 3
+        assert tuning.picture().means.device.type == "cpu"
 
 
 def test_more_gaussians_cost_no_more_than_their_bits(tmp_path):

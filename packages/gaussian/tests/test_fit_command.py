@@ -85,6 +85,45 @@ def test_an_interrupted_fit_goes_on_and_ends_with_the_same_files(image, tmp_path
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
 
 
+def test_a_fit_killed_before_it_saved_goes_on(image, tmp_path, monkeypatch):
+    run(tmp_path / "whole", image, WHOLE)
+    step = fit_folder.Fitting.steps
+
+    def killed(fitting):
+        for found in step(fitting):
+            yield found
+            if found.number == 5:
+                monkeypatch.setattr(fit_folder.FitFolder, "_save", lambda self: None)  # there is no time for it
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit_folder.Fitting, "steps", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", image, WHOLE)
+    monkeypatch.undo()
+    run(tmp_path / "killed", image, WHOLE)
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_a_fit_killed_while_it_wrote_its_first_file_begins_again(image, tmp_path):
+    (tmp_path / ".state.safetensors.part").write_bytes(b"{")
+    run(tmp_path, image)
+    assert "metrics.json" in files(tmp_path)
+
+
+def test_a_fit_killed_after_its_animation_goes_on(image, tmp_path, monkeypatch):
+    def killed(path, missing_ok=False):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", killed)  # of the state, the last thing but one
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, image, WHOLE)
+    monkeypatch.undo()
+    before = files(tmp_path)
+    run(tmp_path, image, WHOLE)
+    assert files(tmp_path) == {name: content for name, content in before.items() if name != "state.safetensors"}
+    assert not (tmp_path / "frames").exists()
+
+
 def test_a_finished_fit_is_drawn_again_without_fitting(image, tmp_path, monkeypatch):
     run(tmp_path, image)
     before = files(tmp_path)
@@ -113,6 +152,8 @@ def test_a_folder_with_something_else_is_left_alone(image, tmp_path):
         UserError, match=r"scale 2000 makes more than 268 million pixels of 32 x 24: choose a smaller one"
     ):
         run(tmp_path / "large", image, Wanted(scale=2000))
+    with pytest.raises(UserError, match=r"^scale 0.01 leaves nothing of a picture of 32 x 24 pixels$"):
+        run(tmp_path / "large", image, Wanted(scale=0.01))
     assert not (tmp_path / "large").exists()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from smalti.core.testing.parity import Runner, check_case, chosen_cases, load_runners
+from smalti.core.testing.parity import Runner, check_case, load_runners, parametrize_cases
 
 FOLDER = Path(__file__).parent / "parity"
 WHOLE = ("llamagen-gpt-b-256", "rar-b-reduced")
@@ -23,13 +23,7 @@ def runners() -> dict[str, Runner]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "path" not in metafunc.fixturenames:
-        return
-    cases = chosen_cases(FOLDER, metafunc.config.getoption("--parity-cases", default=None), tuple(runners()))
-    values = [
-        pytest.param(path, marks=pytest.mark.slow if name in WHOLE else (), id=name) for name, path in cases.items()
-    ]
-    metafunc.parametrize("path", values)
+    parametrize_cases(metafunc, FOLDER, tuple(runners()), slow=WHOLE)
 
 
 @pytest.mark.parity

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from smalti.core.testing import parity as cases
 from smalti.quant.vector import VectorQuantizer, VectorQuantizerOptions
@@ -54,3 +55,20 @@ def place() -> Callable[..., VectorQuantizer]:
 def spread(place: Callable[..., VectorQuantizer]) -> Callable[..., VectorQuantizer]:
     """Puts the codes as far apart as the latents are, so that many are used."""
     return lambda quantizer: place(quantizer, torch.randn(quantizer.codebook.shape))
+
+
+class Largest(TorchDispatchMode):
+    """A context that notes how many elements the largest tensor has that is made in it."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.fixture
+def largest() -> Largest:
+    return Largest()

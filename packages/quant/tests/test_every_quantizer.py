@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from smalti.core.contracts import Quantizer
 from smalti.core.options import QuantizerOptions
@@ -68,6 +67,30 @@ def test_all_are_here() -> None:
     components = [registry().component("quantizer", name) for name in registry().names("quantizer")]
     ours = {component.name for component in components if component.target.startswith("smalti.quant.")}
     assert {options.name for options in EVERY} == ours
+
+
+@every
+def test_options_are_found_by_name(options: QuantizerOptions) -> None:
+    assert registry().options("quantizer", options.name) is type(options)
+
+
+@every
+def test_an_empty_batch_is_fine_in_evaluation(options: QuantizerOptions) -> None:
+    quantizer = options.build().eval()
+    quantized = quantizer(torch.zeros(0, 4, 4, quantizer.dim))
+    layout = quantizer.layout((4, 4))
+    assert quantized.latent.shape == (0, 4, 4, quantizer.dim)
+    assert quantized.tokens.shape == (0, layout.positions, layout.streams)
+    assert quantizer.decode(quantized.tokens, (4, 4)).shape == quantized.latent.shape
+
+
+@every
+def test_the_order_in_memory_does_not_matter(options: QuantizerOptions) -> None:
+    quantizer, latent = _trained(options)
+    permuted = latent.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
+    quantized, expected = quantizer.eval()(permuted), quantizer(latent)
+    assert torch.equal(quantized.tokens, expected.tokens)
+    torch.testing.assert_close(quantized.latent, expected.latent)
 
 
 @every
@@ -139,22 +162,12 @@ def test_gradients_of_losses_are_those_of_finite_differences(
     assert torch.autograd.gradcheck(losses, (latent[:1].double().requires_grad_(),), fast_mode=True)
 
 
-class _Largest(TorchDispatchMode):
-    elements = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            self.elements = max(self.elements, result.numel())
-        return result
-
-
 @pytest.mark.parametrize("build", [VectorQuantizerOptions, SimVQOptions, IndexBackpropagationOptions, GumbelOptions])
-def test_large_codebooks_never_meet_all_tokens_at_once(build: Callable[..., Any]) -> None:
+def test_large_codebooks_never_meet_all_tokens_at_once(build: Callable[..., Any], largest: Any) -> None:
     size, extra = 2**18, {"entropy_weight": 0.1} if build is VectorQuantizerOptions else {}
     quantizer = build(dim=2, codebook_size=size, **extra).build().train()
     latent = torch.randn(1, 64, 2, requires_grad=True)
-    with _Largest() as largest:
+    with largest:
         quantized = quantizer(latent)
         (quantized.latent.sum() + sum(quantized.losses.values())).backward()
     assert size <= largest.elements <= 64 * size // 4

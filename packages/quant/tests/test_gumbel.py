@@ -7,7 +7,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-from smalti.core.plugins import registry
 from smalti.quant.gumbel import GumbelOptions, GumbelQuantizer
 
 
@@ -101,8 +100,3 @@ def test_draws_learn_a_task() -> None:
         optimizer.step()
         errors.append(error.item())
     assert errors[-1] < 0.3 * errors[0]
-
-
-def test_is_registered() -> None:
-    options = registry().options("quantizer", "gumbel").model_validate({"name": "gumbel", "dim": 4, "codebook_size": 8})
-    assert isinstance(options.build(), GumbelQuantizer)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from smalti.core.contracts import Quantizer
 from smalti.core.errors import UserError
 from smalti.quant.lfq import BinarySphericalOptions, LookupFreeOptions
 from smalti.quant.multi_scale import MultiScale, MultiScaleOptions
@@ -92,6 +93,16 @@ def test_the_first_scales_decode_alone() -> None:
         assert torch.equal(module.decode(tokens[:, :end], (5, 5)), partial)
 
 
+def _from_scale_to_scale(module: Quantizer, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The latent of all scales, and the inputs of all but the first one after the other."""
+    total, inputs = None, []
+    for scale, part in enumerate(tokens.split([size**2 for size in SCALES], 1)):
+        total, following = module.advance(total, module.codes(part, scale), scale)
+        inputs.append(following)
+    assert inputs.pop() is None
+    return total, torch.cat(inputs, 1)
+
+
 def test_a_generator_gets_the_sums_averaged_down() -> None:
     module = _build().eval()
     tokens = module(torch.randn(2, 5, 5, 3)).tokens
@@ -100,15 +111,9 @@ def test_a_generator_gets_the_sums_averaged_down() -> None:
         F.interpolate(partial, (size, size), mode="area").flatten(2).transpose(1, 2)
         for partial, size in zip(sums, SCALES[1:], strict=False)
     ]
-    found = module.accumulated(tokens)
-    torch.testing.assert_close(found, torch.cat(expected, 1))
-    assert torch.equal(module.accumulated(tokens[:, :5]), found[:, : 4 + 9])
-    total = None
-    for scale, part in enumerate(tokens.split([1, 4, 9, 25], 1)):
-        total, following = module.advance(total, module.codes(part, scale), scale)
-    assert following is None
+    total, inputs = _from_scale_to_scale(module, tokens)
+    torch.testing.assert_close(inputs, torch.cat(expected, 1))
     assert torch.equal(total, module.decode(tokens, (5, 5)))
-    assert _build(scales=(5,), phi=0).accumulated(tokens[:, :25]).shape == (2, 0, 3)
 
 
 def test_branches_of_a_product_stand_side_by_side() -> None:
@@ -119,16 +124,11 @@ def test_branches_of_a_product_stand_side_by_side() -> None:
     tokens = module.eval()(latent).tokens
     assert module.layout((5, 5)).kind == "scales"
     assert tokens.shape == (2, 39, 2)
-    parts = [unit.accumulated(tokens[..., [branch]]) for branch, unit in enumerate(module.units)]
-    assert torch.equal(module.accumulated(tokens), torch.cat(parts, -1))
     assert module.decode(tokens[:, :5], (5, 5)).shape == (2, 5, 5, 6)
-    total, inputs = None, []
-    for scale, part in enumerate(tokens.split([1, 4, 9, 25], 1)):
-        total, following = module.advance(total, module.codes(part, scale), scale)
-        inputs.append(following)
+    total, inputs = _from_scale_to_scale(module, tokens)
     assert torch.equal(total, module.decode(tokens, (5, 5)))
-    assert torch.equal(torch.cat(inputs[:-1], 1), module.accumulated(tokens))
-    assert inputs[-1] is None
+    alone = [_from_scale_to_scale(unit, tokens[..., [branch]])[1] for branch, unit in enumerate(module.units)]
+    assert torch.equal(inputs, torch.cat(alone, -1))
     drawn = [[unit.kept_scales(8) for unit in module.units] for _ in range(5)]
     assert all(torch.equal(first, second) for first, second in drawn)
     assert len({tuple(first.tolist()) for first, _ in drawn}) == 5

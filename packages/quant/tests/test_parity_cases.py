@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from smalti.core.testing.parity import check_case, chosen_cases, load_runners
+from smalti.core.testing.parity import check_case, load_runners, parametrize_cases
 
 FOLDER = Path(__file__).parent / "parity"
 # What this package answers for; whole tokenizers and transformers under `quant-` belong to other packages.
@@ -30,18 +30,9 @@ ELSEWHERE = ("quant-ibq-16384", "quant-ibq-262144", "quant-ibq-llama", "quant-ib
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "path" not in metafunc.fixturenames:
-        return
-    folder = metafunc.config.getoption("--parity-cases", default=None)
-    cases = chosen_cases(FOLDER, folder, FAMILIES, ELSEWHERE)
-    metafunc.parametrize("path", cases.values(), ids=cases.keys())
-
-
-@pytest.fixture(scope="module")
-def runners() -> dict:
-    return load_runners(FOLDER, "quant_parity_*.py")
+    parametrize_cases(metafunc, FOLDER, FAMILIES, ELSEWHERE)
 
 
 @pytest.mark.parity
-def test_case(path: Path, runners: dict) -> None:
-    check_case(path, runners)
+def test_case(path: Path) -> None:
+    check_case(path, load_runners(FOLDER, "quant_parity_*.py"))

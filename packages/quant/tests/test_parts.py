@@ -16,6 +16,7 @@ from smalti.quant.ema import EmaStatistics
 from smalti.quant.lookup import nearest_code
 from smalti.quant.masked import quantize_masked
 from smalti.quant.orthogonal import diversity_loss, orthogonal_loss
+from smalti.quant.projected import ProjectedOptions
 from smalti.quant.revival import Revival, revive
 from smalti.quant.simvq import SimVQOptions
 from smalti.quant.vector import VectorQuantizerOptions
@@ -202,6 +203,17 @@ def test_fitting_works_for_codes_behind_a_map() -> None:
     errors = [fit_codes(quantizer, latent, optimizer).item() for _ in range(20)]
     assert errors[-1] < 0.95 * errors[0]
     assert torch.equal(quantizer.frozen, frozen)
+
+
+def test_fitting_leaves_weights_alone_that_make_no_codes() -> None:
+    torch.manual_seed(0)
+    unit = VectorQuantizerOptions(dim=3, codebook_size=8, initialise="normal")
+    quantizer = ProjectedOptions(dim=4, quantizer=unit).build().train()
+    before, latent = quantizer.project_in.weight.detach().clone(), torch.randn(2, 5, 4)
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.3)
+    errors = [fit_codes(quantizer, latent, optimizer).item() for _ in range(20)]
+    assert errors[-1] < 0.95 * errors[0]
+    assert torch.equal(quantizer.project_in.weight, before)
 
 
 def test_codes_that_nothing_fits_are_told() -> None:

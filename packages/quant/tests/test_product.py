@@ -176,10 +176,8 @@ def test_mistakes_are_told() -> None:
         ProductOptions(quantizers=(VQ,), branches=2).build().decode(torch.zeros(1, 4, 1, dtype=torch.int64), (4,))
 
 
-def test_only_scales_accumulate() -> None:
+def test_only_scales_go_from_scale_to_scale() -> None:
     module = ProductOptions(quantizers=(VQ,)).build()
-    with pytest.raises(UserError, match=r"^only multi-scale units accumulate over scales, not 'vq'$"):
-        module.accumulated(torch.zeros(1, 4, 1, dtype=torch.int64))
     with pytest.raises(UserError, match=r"^the quantizer 'vq' does not go from scale to scale$"):
         module.codes(torch.zeros(1, 4, 1, dtype=torch.int64), 0)
     with pytest.raises(UserError, match=r"^the quantizer 'vq' does not go from scale to scale$"):

@@ -173,6 +173,24 @@ def test_a_shared_codebook_is_written_once_per_step() -> None:
     assert sum(name.endswith("codebook") for name in module.state_dict()) == 1
 
 
+def test_a_shared_stack_of_shared_levels_is_written_once_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = ResidualOptions(quantizers=(EMA,), depth=2, shared=True)
+    module = _build(stack, depth=2, shared=True).train()
+    (unit,) = module.units[0].units
+    seen: list[int] = []
+    learn = unit.learning.learn
+
+    def noted(codebook: Tensor, of: list[object]) -> None:
+        seen.append(len(of))
+        learn(codebook, of)
+
+    monkeypatch.setattr(unit.learning, "learn", noted)
+    module(torch.randn(2, 50, 3))
+    assert seen == [4]
+    unit(torch.randn(2, 50, 3))
+    assert seen == [4, 1]
+
+
 def test_beams_find_what_trying_everything_finds() -> None:
     module = _build(VectorQuantizerOptions(dim=3, codebook_size=6, initialise="normal"), depth=3, beams=36).eval()
     latent = torch.randn(2, 5, 3)
@@ -206,6 +224,14 @@ def test_beams_learn_from_the_path_they_take() -> None:
         twin.update(tokens[..., level].flatten(), rest)
         torch.testing.assert_close(unit.codebook, twin.codebook())
         rest = rest - codebooks[level][tokens[..., level].flatten()]
+
+
+def test_the_first_batch_makes_codes_before_beams_search_them() -> None:
+    unit = VectorQuantizerOptions(dim=3, codebook_size=16, initialise="data", update="ema")
+    nearest, beams = (_build(unit, depth=3, beams=beams).train() for beams in (1, 4))
+    latent = torch.randn(2, 100, 3)
+    assert torch.equal(beams(latent).latent, nearest(latent).latent)
+    assert not torch.equal(beams(latent).tokens, nearest(latent).tokens)
 
 
 def _plain_codes(module: ImplicitCodebooks, total: Tensor, level: int) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from smalti.core.contracts import Quantizer
 from smalti.core.options import QuantizerOptions
-from smalti.core.plugins import registry
 from smalti.core.testing import QuantizerContract
 from smalti.quant.entropy import affinity_entropy_plain
 from smalti.quant.fsp import DISTRIBUTIONS, FiniteScalarPerturbationOptions
@@ -98,11 +97,6 @@ ALL: list[QuantizerOptions] = [
 def _every_token(quantizer: Quantizer) -> Tensor:
     """All tokens `(1, L, S)` of a small quantizer."""
     return torch.tensor(list(itertools.product(*map(range, quantizer.vocab))))[None]
-
-
-@pytest.mark.parametrize("options", ALL, ids=str)
-def test_options_are_found_by_name(options: QuantizerOptions) -> None:
-    assert registry().options("quantizer", options.name) is type(options)
 
 
 @pytest.mark.parametrize("options", ALL, ids=str)
@@ -274,6 +268,15 @@ def test_symmetric_values_of_finite_scalars(levels: int, bound: Any) -> None:
     target = torch.tanh(latent) if bound == "tanh" else latent.clamp(-1, 1)
     assert (quantized.latent - target).abs().max() <= 1 / (levels - 1) + 1e-6
     torch.testing.assert_close(quantizer(-latent - 1e-4).latent, -quantizer(latent + 1e-4).latent)
+
+
+@pytest.mark.parametrize("bound", ["tanh", "clamp"])
+@pytest.mark.parametrize(("levels", "margin"), [(1024, 1e-3), (2001, 1e-3), (5000, 1e-3), (200, 9e-3)])
+def test_many_levels_are_no_more_than_there_are(levels: int, margin: float, bound: Any) -> None:
+    quantizer = FiniteScalarOptions(levels=(levels, 3), margin=margin, bound=bound).build().eval()
+    quantized = quantizer(torch.tensor([[[-20.0, 20.0], [20.0, -20.0]]]))
+    assert quantized.tokens.flatten().tolist() == [2 * levels, levels - 1]
+    assert torch.equal(quantizer.decode(quantized.tokens, (2,)), quantized.latent)
 
 
 def test_gradients_of_finite_scalars_are_those_of_the_bound() -> None:

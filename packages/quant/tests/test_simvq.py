@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from smalti.core.plugins import registry
 from smalti.quant.simvq import SimVQ, SimVQOptions
 
 
@@ -74,8 +73,3 @@ def test_single_tokens_decode_to_the_bits_of_all_of_them() -> None:
     quantized = quantizer(torch.randn(3, 20, 33))
     alone = quantizer.decode(quantized.tokens[1:2, 7:8], (1,))
     assert torch.equal(alone[0, 0], quantized.latent[1, 7])
-
-
-def test_is_registered() -> None:
-    options = registry().options("quantizer", "simvq").model_validate({"name": "simvq", "dim": 4, "codebook_size": 8})
-    assert isinstance(options.build(), SimVQ)

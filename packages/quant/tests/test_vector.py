@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smalti.core.plugins import registry
 from smalti.quant.entropy import affinity_entropy_plain
 from smalti.quant.estimators import rotation_trick
 from smalti.quant.vector import VectorQuantizer
@@ -140,13 +139,6 @@ def test_decode_gives_the_bits_of_forward_under_autocast(build_vq: Build, spread
     assert torch.equal(quantized.latent, expected.latent)
 
 
-def test_an_empty_batch_is_fine_in_evaluation(build_vq: Build) -> None:
-    quantizer = build_vq().eval()
-    quantized = quantizer(torch.zeros(0, 3, 3, 4))
-    assert quantized.tokens.shape == (0, 9, 1)
-    assert quantizer.decode(quantized.tokens, (3, 3)).shape == (0, 3, 3, 4)
-
-
 def test_rotation_takes_the_place_of_the_straight_through_gradient(build_vq: Build, spread: Build) -> None:
     quantizer = spread(build_vq(estimator="rotation")).train()
     latent, probe = torch.randn(2, 9, 4, requires_grad=True), torch.randn(2, 9, 4)
@@ -214,11 +206,6 @@ def test_compiles_into_one_graph(build_vq: Build, options: dict[str, Any]) -> No
         assert torch.equal(found.tokens, expected.tokens)
     for name, tensor in twin.state_dict().items():
         assert torch.equal(quantizer.state_dict()[name], tensor), name
-
-
-def test_is_registered() -> None:
-    options = registry().options("quantizer", "vq").model_validate({"name": "vq", "dim": 4, "codebook_size": 8})
-    assert isinstance(options.build(), VectorQuantizer)
 
 
 def test_unit_length_is_that_of_torch(build_vq: Build, spread: Build) -> None:

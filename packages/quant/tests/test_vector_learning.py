@@ -233,6 +233,16 @@ def test_an_anchored_code_that_nothing_uses_becomes_its_nearest_token(build_vq: 
     assert quantizer.learning.anchors.usage.tolist() == [0.5, 0.0]
 
 
+def test_anchors_are_those_of_the_codes_that_were_searched(build_vq: Build, place: Build) -> None:
+    quantizer = build_vq(update="ema", ema_decay=0.5, anchor_decay=0.5, codebook_size=3, dim=1).train()
+    place(quantizer, torch.tensor([[0.0], [10.0], [12.0]]))
+    latent = torch.tensor([8.0, 11.5, *[0.0] * 98]).view(1, 100, 1)
+    assert quantizer(latent).tokens.flatten().tolist() == [1, 2] + [0] * 98
+    # The average of 10 and its token 8 is pulled to 11.5, the token nearest to 10, though 8 is nearer to 9.
+    pull = math.exp(-10 * 3 / 100 - 1e-3)
+    assert quantizer.codebook[1].item() == pytest.approx(9 + pull * (11.5 - 9), abs=1e-3)
+
+
 @pytest.mark.parametrize("options", [{"update": "none"}, {"affine": True}])
 def test_anchors_need_codes_that_may_move(build_vq: Build, options: dict) -> None:
     with pytest.raises(ValidationError, match="anchor_decay changes codes: it needs update: loss or ema"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from smalti.gaussian import rasterize_gaussians_2d
-from smalti.gaussian.rasterizer.ellipses import conics, from_scales
+from smalti.gaussian.rasterizer.ellipses import from_scales
 from smalti.gaussian.rasterizer.projection import CULL_BLOCK, project
 
 OPTIONS = {"num_gaussians", "channels", "height", "width", "block", "means_gain", "scale_range", "opacity"}
@@ -26,10 +26,11 @@ def rasterize(case: dict[str, Any], parity: ModuleType) -> dict[str, Tensor]:
     gaussians, size = mapped(config, raw), (config["height"], config["width"])
     ellipses = from_scales(gaussians["scales"], gaussians["rotations"])
     projection = project(gaussians["means"], ellipses, *size)
+    p, q, r = projection.whitening[0].unbind(-1)
     left, right, top, bottom = projection.boxes[0].unbind(-1)
     stages = {
         "xys": projection.centers[0],
-        "conics": conics(projection.whitening[0]),
+        "conics": torch.stack((p * p + q * q, q * r, r * r), dim=-1),
         "radii": projection.radii[0].long(),
         "tiles_hit": (right - left) * (bottom - top) // CULL_BLOCK**2,
     }

@@ -7,14 +7,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from quant_parity_lucid_vq import Stages, pair
 from quant_parity_residual_vq import (
     Calls,
-    Stages,
     grads,
     listed,
     load_projections,
     only,
-    pair,
     projected_unit,
     residual_vq,
     weights_of,

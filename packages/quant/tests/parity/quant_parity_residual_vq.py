@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from quant_parity_lucid_vq import Stages
 from torch import Tensor, nn
 
 from smalti.core.contracts import Quantizer
@@ -19,8 +20,6 @@ from smalti.quant.qinco import ImplicitCodebooksOptions
 from smalti.quant.residual import Residual, ResidualOptions
 from smalti.quant.vector import VectorQuantizerOptions
 
-Stages = dict[str, Tensor]
-
 
 def only(found: dict[str, Any], *known: str) -> dict[str, Any]:
     unknown = set(found) - set(known)
@@ -29,12 +28,8 @@ def only(found: dict[str, Any], *known: str) -> dict[str, Any]:
     return found
 
 
-def pair(value: Tensor | float) -> Tensor:
-    """Cases store a scalar followed by 0."""
-    return listed([value])
-
-
 def listed(values: list[Tensor | float]) -> Tensor:
+    """Cases store scalars followed by 0."""
     return torch.stack([*(torch.as_tensor(value).detach() for value in values), torch.zeros(())])
 
 

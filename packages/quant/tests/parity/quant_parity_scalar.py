@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from quant_parity_lucid_vq import Stages, pair
 from torch import Tensor
 
 from smalti.core.contracts import Quantizer
@@ -25,7 +26,6 @@ from smalti.quant.projected import Projected, ProjectedOptions
 from smalti.quant.random_projection import RandomProjectionQuantizer
 from smalti.quant.rotated import Rotated, RotatedOptions
 
-Stages = dict[str, Tensor]
 Case = dict[str, Any]
 
 
@@ -37,11 +37,6 @@ class Keys(dict[str, Any]):
 
     def done(self) -> None:
         assert not self, f"options that the runner does not know: {dict(self)}"
-
-
-def _pair(value: Tensor | float) -> Tensor:
-    """Cases store a scalar followed by 0."""
-    return torch.tensor([torch.as_tensor(value).item(), 0.0], dtype=torch.float64)
 
 
 def _last(tensor: Tensor) -> Tensor:
@@ -135,7 +130,7 @@ def _scalar_stages(quantizer: Quantizer, case: Case, parity: ModuleType, scale: 
         "eval_indices": _grid(evaluated.tokens, _last(latent)),
         "decode": _as(decoded, latent),
         "train_quantized": train,
-        "loss": _pair(loss),
+        "loss": pair(loss),
         "grad_latent": gradient,
         **_gradients(quantizer, case),
     }
@@ -185,12 +180,12 @@ def lucid_lfq(case: Case, parity: ModuleType) -> Stages:
         off = {"entropy_weight": 0.0, "commitment_weight": 0.0, "entropy_offset": None}
         with torch.no_grad():
             (loss,) = built(**off | changes).train()(_last(latent)).losses.values()
-        return _pair(loss)
+        return pair(loss)
 
     found = _scalar_stages(built(), case, parity, scale)
     found["per_sample_entropy"] = term(entropy_weight=1.0, batch_weight=0.0)
     found["batch_entropy"] = -term(entropy_weight=1.0, sample_weight=0.0, batch_weight=1.0)
-    found["commitment"] = term(commitment_weight=1.0) if weights["commitment_weight"] else _pair(0.0)
+    found["commitment"] = term(commitment_weight=1.0) if weights["commitment_weight"] else pair(0.0)
     if table:
         found["table"] = _table(built())
     return found
@@ -258,7 +253,7 @@ def lucid_latent(case: Case, parity: ModuleType) -> Stages:
     return {
         "quantized": output,
         "indices": _grid(quantized.tokens, _last(latent)),
-        "loss": _pair(total),
+        "loss": pair(total),
         "grad_latent": latent.grad,
         **{"grad_" + name.replace(".", "_"): weight.grad for name, weight in projections.items()},
     }
@@ -304,7 +299,7 @@ def lucid_binary_mapper(case: Case, parity: ModuleType) -> Stages:
     ((mapped.one_hot * inputs["probe"]).sum() + mapped.loss).backward()
     return {
         "indices": mapped.tokens,
-        "aux_loss": _pair(mapped.loss),
+        "aux_loss": pair(mapped.loss),
         "grad_logits": logits.grad,
         "log_prob": mapper.log_prob(logits, mapped.tokens),
     }
@@ -334,7 +329,7 @@ def lucid_random_projection(case: Case, parity: ModuleType) -> Stages:
     tokens = quantizer(latent)
     logits = quantizer.similarities(latent).flatten(0, 2)
     entropy = torch.nn.functional.cross_entropy(logits, tokens.flatten())
-    return {"indices": _grid(tokens, latent), "cross_entropy": _pair(entropy)}
+    return {"indices": _grid(tokens, latent), "cross_entropy": pair(entropy)}
 
 
 # ---------------------------------------------------------------------------- visual-tokenizer-pytorch
@@ -353,10 +348,10 @@ def _vistok(quantizer: Quantizer, case: Case, parity: ModuleType, weights: dict[
     return {
         "quantized": output,
         "indices": _grid(quantized.tokens, _last(latent)),
-        "perplexity": _pair((-torch.special.xlogy(shares, shares).sum()).exp()),
-        "loss_commit": _pair(losses["commitment"]),
-        "loss_vq": _pair(0.0),
-        "loss_entropy": _pair(losses["entropy"]),
+        "perplexity": pair((-torch.special.xlogy(shares, shares).sum()).exp()),
+        "loss_commit": pair(losses["commitment"]),
+        "loss_vq": pair(0.0),
+        "loss_entropy": pair(losses["entropy"]),
         "grad_latent": latent.grad,
     }
 
@@ -437,7 +432,7 @@ def magvit2_lfq(case: Case, parity: ModuleType) -> Stages:
 
     def term(*arguments: float, **shares: float) -> Tensor:
         (loss,) = built(*arguments, **shares).train()(_last(latent)).losses.values()
-        return _pair(loss)
+        return pair(loss)
 
     quantizer = built(weights["entropy"], weights["commit"], **shares)
     output, _, gradient = _backward(quantizer, latent, inputs["probe"])

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from quant_parity_residual_vq import Stages, load_vq, only, vq_options, weights_of
+from quant_parity_lucid_vq import Stages
+from quant_parity_residual_vq import load_vq, only, vq_options, weights_of
 from torch import Tensor
 
 from smalti.quant.entropy import bit_entropies, bits_entropy
@@ -156,12 +157,11 @@ def xqgan(case: dict[str, Any], parity: ModuleType) -> Stages:
         found |= {f"{name}_f_hat_scale{scale}": part for scale, part in enumerate(sums)}
         found |= {f"{name}_indices": quantized.tokens[..., 0], f"{name}_f_hat": quantized.latent.movedim(-1, 1)}
         if vq:
-            found[f"{name}_var_input"] = module.accumulated(quantized.tokens)
             total, steps = None, []
             for scale, part in enumerate(quantized.tokens.split(module.areas, 1)):
                 total, following = module.advance(total, module.codes(part, scale), scale)
                 steps.append(following)
-            found[f"{name}_next_inputs"] = torch.cat(steps[:-1], 1)
+            found |= dict.fromkeys((f"{name}_var_input", f"{name}_next_inputs"), torch.cat(steps[:-1], 1))
         else:
             found |= _entropies(name, variant, latent)
         kept = torch.full((len(latent),), len(scales))

@@ -18,7 +18,6 @@ from smalti.gaussian.gaussians import Gaussians
 CORNERS = 24  # of the polygon that stands for an ellipse
 OVERSAMPLING = 2  # pictures are drawn larger and reduced, so that thin lines are smooth
 BACKGROUND = (255, 255, 255)
-INK = (30, 60, 160)
 SHADE = 0.8  # of colours, so that white ellipses are seen on white
 
 
@@ -26,24 +25,24 @@ def draw_ellipses(
     means: Tensor,
     scales: Tensor,
     rotations: Tensor,
-    colours: Tensor | None,
+    colours: Tensor,
     height: int,
     width: int,
     *,
     grid: tuple[int, int] | None = None,
-    sigmas: float = 1.0,
 ) -> NDArray[np.uint8]:
     """Draw every Gaussian as the outline of its ellipse, on white; the large ones first, so that none hides.
+
+    An outline lies one standard deviation from the centre.
 
     Args:
         means: [N, 2], centres (x, y), [-1, 1] spans the picture.
         scales: [N, 2], standard deviations along the axes, in pixels of `grid`.
         rotations: [N], radians, as in `rasterize_gaussians_2d`.
-        colours: [N, 3] or [N, 1] in [0, 1], clamped, drawn a little darker; None draws all in one ink.
+        colours: [N, 3] or [N, 1] in [0, 1], clamped, drawn a little darker.
         height: rows of the picture.
         width: columns of the picture.
         grid: rows and columns that `scales` are measured on, by default those of the picture.
-        sigmas: standard deviations from the centre to the outline.
 
     Returns:
         [height, width, 3].
@@ -51,12 +50,12 @@ def draw_ellipses(
     Raises:
         UserError: colours of another number of channels.
     """
-    if colours is not None and colours.shape[-1] not in (1, 3):
+    if colours.shape[-1] not in (1, 3):
         raise UserError(f"ellipses have the colours of 1 or 3 channels, got {colours.shape[-1]}")
     rows, columns = grid or (height, width)
-    outlines = _outlines(means, scales * sigmas, rotations, rows, columns)
+    outlines = _outlines(means, scales, rotations, rows, columns)
     outlines *= np.array((width / columns, height / rows)) * OVERSAMPLING
-    inks = _inks(colours, len(outlines))
+    inks = _inks(colours)
     canvas = Image.new("RGB", (width * OVERSAMPLING, height * OVERSAMPLING), BACKGROUND)
     pen = ImageDraw.Draw(canvas)
     for index in np.argsort(-scales.detach().cpu().double().prod(-1).numpy(), kind="stable"):
@@ -88,9 +87,9 @@ def draw_on_images(gaussians: Gaussians, images: Tensor, grid: tuple[int, int], 
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
-def _outlines(means: Tensor, reach: Tensor, rotations: Tensor, rows: int, columns: int) -> NDArray[np.float64]:
+def _outlines(means: Tensor, scales: Tensor, rotations: Tensor, rows: int, columns: int) -> NDArray[np.float64]:
     """Corners (x, y) in pixels of the grid, [N, CORNERS, 2]; the axes are the columns of R."""
-    centres, axes, angles = (tensor.detach().cpu().double().numpy() for tensor in (means, reach, rotations))
+    centres, axes, angles = (tensor.detach().cpu().double().numpy() for tensor in (means, scales, rotations))
     turns = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
     along, across = axes[:, :1] * np.cos(turns), axes[:, 1:] * np.sin(turns)
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
@@ -99,8 +98,6 @@ def _outlines(means: Tensor, reach: Tensor, rotations: Tensor, rows: int, column
     return np.asarray(middles[:, None] + offsets)
 
 
-def _inks(colours: Tensor | None, count: int) -> list[tuple[int, int, int]]:
-    if colours is None:
-        return [INK] * count
+def _inks(colours: Tensor) -> list[tuple[int, int, int]]:
     levels = (colours.detach().cpu().double().clamp(0, 1) * 255 * SHADE).round().expand(-1, 3).int().tolist()
     return [(red, green, blue) for red, green, blue in levels]

@@ -37,10 +37,11 @@ def fit_codes(quantizer: Quantizer, latent: Tensor, optimizer: torch.optim.Optim
         tokens = quantizer.eval()(latent).tokens
     quantizer.train(training)
     error = F.mse_loss(quantizer.decode(tokens, tuple(latent.shape[1:-1])), latent.detach())
-    gradients = torch.autograd.grad(error, weights)
+    # Weights that make no codes, as those of a projection in front, have no gradient.
+    gradients = torch.autograd.grad(error, weights, allow_unused=True)
     kept = [weight.grad for weight in weights]
     for weight, gradient in zip(weights, gradients, strict=True):
-        weight.grad = all_reduce_sum(gradient) / world_size()
+        weight.grad = None if gradient is None else all_reduce_sum(gradient) / world_size()
     optimizer.step()
     for weight, before in zip(weights, kept, strict=True):
         weight.grad = before

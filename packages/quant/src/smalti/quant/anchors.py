@@ -53,8 +53,6 @@ def _nearest(codes: Tensor, searched: Tensor, vectors: Tensor) -> Tensor:
     """Of the vectors of all processes, the one whose searched form is nearest to each code, `(K, D)`."""
     rows = nearest_code(codes, searched)
     distances = (codes - searched[rows]).square().sum(1, keepdim=True)
-    candidates = all_gather_cat(torch.cat([vectors[rows], distances], dim=1)).view(
-        -1, *codes.shape[:1], vectors.shape[1] + 1
-    )
+    candidates = all_gather_cat(torch.cat([vectors[rows], distances], dim=1)).view(-1, len(codes), vectors.shape[1] + 1)
     best = candidates[:, :, -1].argmin(0)
     return candidates[best, torch.arange(len(codes), device=codes.device), :-1]

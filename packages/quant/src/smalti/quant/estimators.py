@@ -29,7 +29,7 @@ def straight_through(latent: Tensor, codes: Tensor) -> Tensor:
     Returns:
         A tensor of the dtype of `codes`.
     """
-    return _gradient_of(latent, codes.dtype).add_(codes.detach())
+    return gradient_of(latent, codes.dtype).add_(codes.detach())
 
 
 def rotation_trick(latent: Tensor, codes: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def rotation_trick_plain(latent: Tensor, codes: Tensor) -> Tensor:
     along = (latent * between).sum(-1, keepdim=True) * between
     onto = (latent * source).sum(-1, keepdim=True) * target
     turned = torch.where(length < SHORTEST, latent, scale * (latent - 2 * along + 2 * onto))
-    return codes.detach() + _gradient_of(turned, codes.dtype)
+    return codes.detach() + gradient_of(turned, codes.dtype)
 
 
 def _directions(latent: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,14 +121,14 @@ def diveq(latent: Tensor, codes: Tensor, variance: float) -> Tensor:
     # The root has no derivative at 0, where a token is its code.
     length = step.square().sum(-1, keepdim=True).clamp(min=SHORTEST**2).sqrt()
     moved = latent + length * F.normalize(noisy, dim=-1, eps=SHORTEST)
-    return moved.to(codes.dtype) if variance > 0 else codes.detach() + _gradient_of(moved, codes.dtype)
+    return moved.to(codes.dtype) if variance > 0 else codes.detach() + gradient_of(moved, codes.dtype)
 
 
 def scaled_gradient(tensor: Tensor, scale: float) -> Tensor:
     """`tensor` with its gradient multiplied by `scale`."""
-    return tensor.detach() + scale * _gradient_of(tensor, tensor.dtype)
+    return tensor.detach() + scale * gradient_of(tensor, tensor.dtype)
 
 
-def _gradient_of(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zero, with the gradient of `tensor`."""
+def gradient_of(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros of the type `dtype`, with the gradient of `tensor`: what is added to the value that stands for it."""
     return (tensor - tensor.detach()).to(dtype)

@@ -17,6 +17,8 @@ from smalti.quant.estimators import straight_through
 from smalti.quant.inputs import checked_latent
 from smalti.quant.packing import Levels, Packing
 
+FARTHEST = 0.49  # steps beyond the middle of an outer level
+
 
 class FiniteScalarOptions(QuantizerOptions):
     """Options of finite scalar quantization.
@@ -27,8 +29,8 @@ class FiniteScalarOptions(QuantizerOptions):
             high-quality speech coding"); else those of Mentzer et al., from -1 to 1 - 2/n. A channel of
             2 levels needs it.
         bound: how a channel gets into its range: `tanh`, or `clamp` to [-1, 1], with no gradient outside.
-        margin: by what share the range of the asymmetric form goes beyond the middles of the outer levels. Models of
-            visual-tokenizer-pytorch from before 29 October 2024 need -1e-3.
+        margin: by what share the range of the asymmetric form goes beyond the middles of the outer levels, which is
+            never as far as half a step. Models of visual-tokenizer-pytorch from before 29 October 2024 need -1e-3.
         noise: of the symmetric form, the probability that a channel in training is not rounded, but gets uniform noise
             as wide as the step between its levels (Parker et al.). Tokens are always the rounded ones.
     """
@@ -101,6 +103,9 @@ class FiniteScalarQuantizer(Quantizer):
         if self.options.symmetric:
             return gaps * (squash(latent) + 1) / 2
         half = gaps * ((1 + self.options.margin) / 2)
+        if self.options.margin * max(self.options.levels) > 2 * FARTHEST:
+            # The margin of so many levels would reach further ones, which there are not.
+            half = half.minimum(gaps / 2 + FARTHEST)
         # Even levels have no middle one: half a step to the left of it lies the zero of the latent.
         offset = 0.5 * (self.packing.levels % 2 == 0)
         return squash(latent + inverse(offset / half)) * half - offset

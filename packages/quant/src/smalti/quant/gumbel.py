@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from smalti.core.contracts import Quantized, Quantizer
 from smalti.core.options import QuantizerOptions
 from smalti.quant.entropy import affinity_entropy
+from smalti.quant.estimators import gradient_of
 from smalti.quant.inputs import as_tokens, check_token_space, checked_latent, float32_or_wider
 from smalti.quant.softmax import best_code, expected_code
 
@@ -94,7 +95,7 @@ class GumbelQuantizer(Quantizer):
             quantized, losses = F.embedding(tokens, codebook), {}
             if torch.is_grad_enabled() and len(flat):
                 mean = expected_code(flat, codebook, self._logits, noise_seed=noise_seed, relaxation=self.temperature)
-                quantized = quantized + (mean - mean.detach())
+                quantized = quantized + gradient_of(mean, quantized.dtype)
             if self.training:
                 kl = math.log(len(codebook)) - affinity_entropy(flat, self._logits, 1.0).sample
                 losses["kl"] = self.options.kl_weight * kl

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from smalti.core.contracts import Quantized, Quantizer
 from smalti.core.options import QuantizerOptions
 from smalti.quant.entropy import affinity_entropy, dot_affinities
+from smalti.quant.estimators import gradient_of
 from smalti.quant.inputs import as_tokens, check_token_space, checked_latent, float32_or_wider
 from smalti.quant.softmax import best_code, expected_code
 
@@ -86,7 +87,7 @@ class IndexBackpropagation(Quantizer):
             quantized = codes
             if torch.is_grad_enabled() and len(flat):
                 mean = expected_code(flat, codebook, dot_affinities(codebook)).view(vectors.shape)
-                quantized = codes + (mean - mean.detach())
+                quantized = codes + gradient_of(mean, codes.dtype)
             losses = self._losses(vectors, codes, quantized) if self.training else {}
             return Quantized(quantized.to(self.codebook.dtype), as_tokens(tokens, latent), losses)
 

@@ -79,11 +79,11 @@ class CodebookLearning(nn.Module):
             seen: of one or several forward passes.
         """
         options = self.options
-        searched = self._searched(codebook.detach()) if self.anchors is not None else None
+        # A copy, since averages write to the codebook.
+        searched = self._searched(codebook.detach().clone()) if self.anchors is not None else None
         if self.ema is not None:
-            counts = torch.stack([self.ema.update(tokens, self._inverse(vectors)) for vectors, _, tokens in seen]).sum(
-                0
-            )
+            updates = [self.ema.update(one.tokens, self._inverse(one.vectors)) for one in seen]
+            counts = torch.stack(updates).sum(0)
             codes = self.ema.codebook(smoothing=options.ema_smoothing)
             codes = codes if options.ema_smoothing else torch.where(counts[:, None] > 0, codes, codebook)
             codebook.copy_(F.normalize(codes, dim=-1, eps=1e-12) if self.unit else codes)
@@ -96,7 +96,6 @@ class CodebookLearning(nn.Module):
             # At once, as the published models with such a threshold were trained.
             vectors = torch.cat([one.vectors for one in seen])
             self._revive(codebook, self.ema.counts < options.revive_below, vectors, options.revive_below)
-
         if self.anchors is not None and searched is not None:
             vectors, raw, tokens = (torch.cat(part) for part in zip(*seen, strict=True))
             self.anchors.update(codebook, tokens, self._searched(vectors), searched, raw)

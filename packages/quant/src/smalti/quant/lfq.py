@@ -114,8 +114,8 @@ class LookupFreeQuantizer(Quantizer):
         self.vocab = tuple(2**bits for bits in options.bits)
         self.spherical = isinstance(options, BinarySphericalOptions)
         # The value of a set bit. A buffer: codes come on its device and in its type.
-        corner = options.scale / math.sqrt(self.dim) if self.spherical else options.scale
-        self.register_buffer("corner", torch.tensor(corner), persistent=False)
+        self._corner = options.scale / math.sqrt(self.dim) if self.spherical else options.scale
+        self.register_buffer("corner", torch.tensor(self._corner), persistent=False)
         order = -1 if options.bit_order == "msb" else 1
         places = [place for bits in options.bits for place in place_values([2] * bits)[::order]]
         self.register_buffer("places", torch.tensor(places), persistent=False)
@@ -163,8 +163,7 @@ class LookupFreeQuantizer(Quantizer):
         if options.commitment_weight > 0:
             losses["commitment"] = options.commitment_weight * F.mse_loss(bounded, codes.to(bounded.dtype))
         if options.entropy_weight > 0:
-            corner = options.scale / math.sqrt(self.dim) if self.spherical else options.scale
-            logits = (4 * corner / options.entropy_temperature) * bounded.reshape(-1, self.dim)
+            logits = (4 * self._corner / options.entropy_temperature) * bounded.reshape(-1, self.dim)
             entropies = bits_entropy(logits, group=options.entropy_group, floor=options.entropy_floor)
             entropy = entropies.loss(options.sample_weight, options.batch_weight)
             if options.entropy_offset is not None:

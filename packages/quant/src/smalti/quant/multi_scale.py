@@ -156,26 +156,6 @@ class MultiScale(Quantizer):
             total, _ = self.advance(total, self.codes(part, scale), scale)
             yield total
 
-    def accumulated(self, tokens: Tensor) -> Tensor:
-        """What a generator of scales is given to predict the next ones (VAR).
-
-        Args:
-            tokens: int64 `(B, L, S)`, of all scales or of the first ones.
-
-        Returns:
-            `(B, p_1 + ... , D)`: for each scale that the tokens have, but the last of all, the latent so far,
-            averaged down to the next scale's grid, its positions row by row.
-        """
-        total: Tensor | None = None
-        inputs = []
-        for scale, part in enumerate(self._parts(tokens)):
-            total, following = self.advance(total, self.codes(part, scale), scale)
-            if following is not None:
-                inputs.append(following)
-        if not inputs:
-            return tokens.new_zeros(len(tokens), 0, self.dim, dtype=torch.float32)
-        return torch.cat(inputs, 1)
-
     def codes(self, tokens: Tensor, scale: int) -> Tensor:
         """The vectors `(B, N, D)` of tokens `(B, N, S)` of scale k, before they are enlarged."""
         with full_precision(tokens):
@@ -199,11 +179,10 @@ class MultiScale(Quantizer):
         return TokenLayout.scales(self.options.scales, self.vocab)
 
     def kept_scales(self, batch: int) -> Tensor:
-        """How many scales each of `batch` samples keeps in this training step, int64 `(B,)`."""
-        options, count = self.options, len(self.areas)
-        if options.dropout == 0:
-            return torch.full((batch,), count)
-        kept: Tensor = drawn_scales(self.step, batch, options.dropout, options.dropout_start, count, rank())
+        """With `dropout`: how many scales each of `batch` samples keeps in this training step, int64 `(B,)`."""
+        options = self.options
+        scales = len(self.areas)
+        kept: Tensor = drawn_scales(self.step, batch, options.dropout, options.dropout_start, scales, rank())
         self.step += 1
         return kept
 

@@ -12,11 +12,9 @@ from pydantic import Field
 from torch import Tensor
 
 from smalti.core.contracts import Quantized, Quantizer
-from smalti.core.errors import UserError
 from smalti.core.layout import TokenLayout
 from smalti.core.options import QuantizerOptions
 from smalti.quant.inputs import check_latent, check_tokens
-from smalti.quant.multi_scale import MultiScale
 from smalti.quant.units import Unit, Units, joined_layout, summed
 
 
@@ -89,20 +87,6 @@ class Product(Quantizer):
     def layout(self, space: tuple[int, ...]) -> TokenLayout:
         """The units' positions, with the streams of all groups."""
         return joined_layout(self.units.row(), space)
-
-    def accumulated(self, tokens: Tensor) -> Tensor:
-        """The `accumulated` of multi-scale units next to each other on channels, as ImageFolder's generator takes it.
-
-        Raises:
-            UserError: other units; tokens that they do not take.
-        """
-        check_tokens(tokens, self.vocab)
-        parts = []
-        for unit, part in self._parts(tokens):
-            if not isinstance(unit, MultiScale):
-                raise UserError(f"only multi-scale units accumulate over scales, not {unit.options.name!r}")
-            parts.append(unit.accumulated(part))
-        return torch.cat(parts, -1)
 
     def codes(self, tokens: Tensor, scale: int) -> Tensor:
         """Those of the units `(B, N, D)`, side by side."""

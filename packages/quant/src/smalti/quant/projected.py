@@ -66,13 +66,21 @@ class Projected(Quantizer):
         self.project_out = nn.Linear(self.unit.dim, self.dim, bias=options.bias)
 
     def forward(self, latent: Tensor) -> Quantized:
-        """Quantize `(B, *space, D)`."""
+        """Quantize `(B, *space, D)`.
+
+        Raises:
+            UserError: another width than D, a type that is not float, an empty training batch.
+        """
         with checked_latent(latent, self.dim, training=self.training) as channels:
             quantized = self.unit(self._inner(channels))
             return Quantized(self._outer(quantized.latent), quantized.tokens, quantized.losses)
 
     def decode(self, tokens: Tensor, space: tuple[int, ...]) -> Tensor:
-        """Latent `(B, *space, D)` of tokens `(B, L, S)`, whatever part of them the unit can decode."""
+        """Latent `(B, *space, D)` of tokens `(B, L, S)`, whatever part of them the unit can decode.
+
+        Raises:
+            UserError: tokens of another shape or type, out of range, or that do not fill `space`.
+        """
         with full_precision(tokens):
             return self._outer(self.unit.decode(tokens, space))
 

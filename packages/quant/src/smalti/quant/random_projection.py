@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti.core.errors import UserError
-from smalti.quant.inputs import check_latent, float32_or_wider, full_precision
+from smalti.quant.inputs import checked_latent, float32_or_wider
 from smalti.quant.lookup import nearest_code
 
 
@@ -65,21 +65,24 @@ class RandomProjectionQuantizer(nn.Module):
         Raises:
             UserError: another width than D, a type that is not float.
         """
-        with full_precision(latent):
-            streams = zip(self._projected(latent).unbind(-2), self.codes, strict=True)
+        with checked_latent(latent, self.dim, training=False) as channels:
+            streams = zip(self._projected(channels).unbind(-2), self.codes, strict=True)
             tokens = [nearest_code(some.flatten(0, 1), codes).view(some.shape[:2]) for some, codes in streams]
             return torch.stack(tokens, dim=-1)
 
     @torch.no_grad()
     def similarities(self, latent: Tensor) -> Tensor:
-        """Cosines `(B, L, S, K)` between the projections of `(B, *space, D)` and all codes."""
-        with full_precision(latent):
-            return torch.einsum("blsd,skd->blsk", self._projected(latent), float32_or_wider(self.codes))
+        """Cosines `(B, L, S, K)` between the projections of `(B, *space, D)` and all codes.
+
+        Raises:
+            UserError: as in `forward`.
+        """
+        with checked_latent(latent, self.dim, training=False) as channels:
+            return torch.einsum("blsd,skd->blsk", self._projected(channels), float32_or_wider(self.codes))
 
     def _projected(self, latent: Tensor) -> Tensor:
         """Unit vectors `(B, L, S, d)`."""
-        check_latent(latent, self.dim, training=False)
-        tokens = float32_or_wider(latent).flatten(1, -2)
+        tokens = latent.flatten(1, -2)
         if self.normalise:
             tokens = F.layer_norm(tokens, (self.dim,))
         projected = torch.einsum("blw,sdw->blsd", tokens, float32_or_wider(self.projections))

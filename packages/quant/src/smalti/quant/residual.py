@@ -190,6 +190,9 @@ class Residual(Quantizer):
         if beams == 1:
             return None
         units = [cast("VectorQuantizer", unit) for unit in self.units.row()]
+        # The first batch makes the codes of a level out of what the levels before it leave of that batch.
+        if self.training and not all(getattr(unit.learning, "initialised", True) for unit in units):
+            return None
         return beam_search(units[:kept], latent, beams)
 
     def _scaled(self, value: Tensor, power: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from smalti.core.contracts import Quantized, Quantizer
 from smalti.core.layout import TokenLayout
 from smalti.core.options import QuantizerOptions
-from smalti.quant.inputs import check_latent, float32_or_wider, full_precision
+from smalti.quant.inputs import checked_latent, float32_or_wider, full_precision
 from smalti.quant.units import Unit
 
 
@@ -52,14 +52,21 @@ class Rotated(Quantizer):
         self.register_buffer("rotation", nn.init.orthogonal_(torch.empty(self.dim, self.dim)))
 
     def forward(self, latent: Tensor) -> Quantized:
-        """Quantize `(B, *space, D)`."""
-        check_latent(latent, self.dim, training=self.training)
-        with full_precision(latent):
-            quantized = self.unit(self._turned(latent, self.rotation))
+        """Quantize `(B, *space, D)`.
+
+        Raises:
+            UserError: another width than D, a type that is not float, an empty training batch.
+        """
+        with checked_latent(latent, self.dim, training=self.training) as channels:
+            quantized = self.unit(self._turned(channels, self.rotation))
             return Quantized(self._back(quantized.latent), quantized.tokens, quantized.losses)
 
     def decode(self, tokens: Tensor, space: tuple[int, ...]) -> Tensor:
-        """Latent `(B, *space, D)` of tokens `(B, L, S)`."""
+        """Latent `(B, *space, D)` of tokens `(B, L, S)`.
+
+        Raises:
+            UserError: tokens of another shape or type, out of range, or that do not fill `space`.
+        """
         with full_precision(tokens):
             return self._back(self.unit.decode(tokens, space))
 

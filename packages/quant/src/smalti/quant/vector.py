@@ -15,10 +15,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from smalti.core.contracts import Quantized, Quantizer
-from smalti.core.errors import UserError
 from smalti.core.options import QuantizerOptions
 from smalti.quant.entropy import affinity_entropy, distance_affinities
-from smalti.quant.estimators import diveq, rotation_trick, straight_through
+from smalti.quant.estimators import diveq, gradient_of, rotation_trick, straight_through
 from smalti.quant.inputs import as_tokens, check_token_space, checked_latent, float32_or_wider, full_precision
 from smalti.quant.learning import CodebookLearning, Seen
 from smalti.quant.lookup import nearest_code
@@ -92,19 +91,19 @@ class VectorQuantizerOptions(QuantizerOptions):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.unit_length != "all" and not self.cosine:
-            raise UserError(f"unit_length {self.unit_length!r} needs cosine: true")
+            raise ValueError(f"unit_length {self.unit_length!r} needs cosine: true")
         if self.affine and self.cosine:
-            raise UserError("an affine codebook has no unit length: choose affine or cosine")
+            raise ValueError("an affine codebook has no unit length: choose affine or cosine")
         if self.revive_below is not None and (self.update != "ema" or self.revive_after is not None):
-            raise UserError("revive_below needs update: ema, whose counts it looks at, and no revive_after")
+            raise ValueError("revive_below needs update: ema, whose counts it looks at, and no revive_after")
         if self.revive_after is not None and self.update == "none":
-            raise UserError("revive_after changes codes that update: none keeps")
+            raise ValueError("revive_after changes codes that update: none keeps")
         if self.anchor_decay is not None and (self.update == "none" or self.affine):
-            raise UserError("anchor_decay changes codes: it needs update: loss or ema, and no affine")
+            raise ValueError("anchor_decay changes codes: it needs update: loss or ema, and no affine")
         if self.orthogonal_weight > 0 and self.update != "loss":
-            raise UserError("orthogonal_weight needs update: loss, nothing else follows its gradient")
+            raise ValueError("orthogonal_weight needs update: loss, nothing else follows its gradient")
         if self.estimator == "gumbel" and self.stochastic_temperature is None:
-            raise UserError("the estimator gumbel needs a stochastic_temperature")
+            raise ValueError("the estimator gumbel needs a stochastic_temperature")
         return self
 
     def build(self) -> VectorQuantizer:
@@ -206,8 +205,12 @@ class VectorQuantizer(Quantizer):
     def deferred(self) -> Iterator[None]:
         """A context in which forward passes learn nothing.
 
-        At its end, what they saw is averaged in, one after the other, and the codes are written once.
+        At its end, what they saw is averaged in, one after the other, and the codes are written once. Within another
+        such context that is the end of the outer one.
         """
+        if self._deferred is not None:
+            yield
+            return
         seen: list[Seen] = []
         self._deferred = seen
         try:
@@ -270,7 +273,7 @@ class VectorQuantizer(Quantizer):
                     temperature=self.options.stochastic_temperature or 1.0,
                     noise_seed=noise_seed,
                 ).view(codes.shape)
-                return codes + (mean - mean.detach())
+                return codes + gradient_of(mean, codes.dtype)
             case _:
                 return straight_through(vectors, codes)
 

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 
@@ -153,21 +154,37 @@ Runner = Callable[[dict[str, Any], ModuleType], Mapping[str, torch.Tensor]]
 """Runs a case on a model of ours, with the functions of this module, and gives the outputs by stage."""
 
 
-def chosen_cases(
-    folder: Path, further: str | Path | None, families: tuple[str, ...], elsewhere: tuple[str, ...] = ()
-) -> dict[str, Path]:
-    """The case files of some families by name; a file in `further` goes before one of its name in `folder`.
+def parametrize_cases(
+    metafunc: pytest.Metafunc,
+    folder: Path,
+    families: tuple[str, ...],
+    elsewhere: tuple[str, ...] = (),
+    slow: tuple[str, ...] = (),
+) -> None:
+    """Give the test that takes a `path` every case file of some families, for a module's `pytest_generate_tests`.
+
+    A file in the folder that the option `--parity-cases` names goes before one of its name in `folder`.
 
     Args:
+        metafunc: of the hook.
         folder: with `NAME.json.gz`.
-        further: a folder with more of them, compressed or not.
         families: beginnings of the names that are wanted.
         elsewhere: beginnings of names among them that others answer for.
+        slow: beginnings of names of cases that take more than seconds.
     """
+    if "path" not in metafunc.fixturenames:
+        return
+    further = metafunc.config.getoption("--parity-cases", default=None)
     paths = [*folder.glob("*.json.gz"), *(Path(further).glob("*.json*") if further else ())]
     found = {path.name.split(".json")[0]: path for path in paths}
     wanted = (name for name in sorted(found) if name.startswith(families) and not name.startswith(elsewhere))
-    return {name: found[name] for name in wanted}
+    metafunc.parametrize(
+        "path",
+        [
+            pytest.param(found[name], id=name, marks=pytest.mark.slow if name.startswith(slow) else ())
+            for name in wanted
+        ],
+    )
 
 
 def load_runners(folder: Path, pattern: str) -> dict[str, Runner]:

@@ -49,15 +49,6 @@ def sum_in_bags(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Ten
 
     Along an axis of n pixels, pixel i counts max(0, 1 - |x - i|) at x. The two pixels looked at always lie inside,
     so that this alone gives zeros outside: the lower one is at most n - 2.
-
-    Args:
-        value: `(B, S, M, D)`.
-        shapes: height and width of every level.
-        locations: `(B, Q, M, L, P, 2)`.
-        weights: `(B, Q, M, L, P)`.
-
-    Returns:
-        `(B, Q, M * D)`.
     """
     batch, positions, heads, dim = value.shape
     levels, points = locations.shape[3:5]

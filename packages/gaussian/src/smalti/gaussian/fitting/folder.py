@@ -29,12 +29,12 @@ from torch import Tensor
 
 from smalti.core.data.images import png_bytes
 from smalti.core.errors import UserError
-from smalti.core.files import disk_errors, write_bytes, write_json
+from smalti.core.files import TEMPORARY, disk_errors, write_bytes, write_json
 from smalti.core.progress import Reporter
 from smalti.gaussian.drawing import draw_on_images
 from smalti.gaussian.fitting.fit import FitOptions, Fitting, psnr
 from smalti.gaussian.fitting.picture import FORMAT as PICTURE_FORMAT
-from smalti.gaussian.fitting.picture import GaussianPicture, read_file, write_file
+from smalti.gaussian.fitting.picture import GaussianPicture, read_file, rendered_size, write_file
 from smalti.gaussian.fitting.quantized import Bits, Tuning, save_quantized
 
 GAUSSIANS, STATE, FRAMES = "gaussians.safetensors", "state.safetensors", "frames"
@@ -77,11 +77,12 @@ class FitFolder:
             reporter: told how far it is.
 
         Raises:
-            UserError: options that do not go with the image, a rendering that would be too large, or a folder that
-                holds something else.
+            UserError: options that do not go with the image, a rendering that would be too small or too large, or a
+                folder that holds something else.
         """
         self.path, self.image, self.wanted, self.reporter = path, image, wanted, reporter
         channels, height, width = image.shape
+        rendered_size(height, width, wanted.scale)
         if height * width * wanted.scale**2 > LARGEST:
             raise UserError(
                 f"scale {wanted.scale:g} makes more than {LARGEST // 10**6} million pixels of {width} x {height}: "
@@ -120,9 +121,12 @@ class FitFolder:
                 pictures.append("quantized.png")
             write_json(self.path / "metrics.json", metrics)
             if self.wanted.gif:
-                self._animate()
+                if self._finished is None:  # else it was written when the fit ended
+                    self._animate()
                 pictures.append("fit.gif")
             (self.path / STATE).unlink(missing_ok=True)
+            # After the state: a fit that is taken up again needs all of them.
+            shutil.rmtree(self.path / FRAMES, ignore_errors=True)
             yield f"pictures: {', '.join(str(self.path / name) for name in pictures)}"
 
     def _taken_up(self) -> GaussianPicture | None:
@@ -137,7 +141,7 @@ class FitFolder:
             _, metadata = read_file(self.path / GAUSSIANS, PICTURE_FORMAT)
             self._check(metadata["facts"])
             return GaussianPicture.load(self.path / GAUSSIANS)
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(path.suffix != TEMPORARY for path in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no fit: give another folder")
         return None
 
@@ -154,8 +158,10 @@ class FitFolder:
         frames = _frames(total) if self.wanted.gif else set()
         saved = time.monotonic()
         try:
-            if 0 in frames and not fitting.done:
-                self._frame()
+            if not fitting.done:
+                self._save()  # so that the folder is known as that of a fit from now on
+                if frames:
+                    self._frame()
             with self.reporter.progress("fit", total, fitting.done) as tell:
                 for step in fitting.steps():
                     tell(1, f"PSNR {step.psnr:.2f} dB")
@@ -169,7 +175,7 @@ class FitFolder:
         return fitting.picture().detached()
 
     def _save(self) -> None:
-        """The state last: where it is missing, the Gaussians are those of a fit that is done."""
+        """The state first: where it is missing, the Gaussians are those of a fit that is done."""
         picture = self.fitting.picture().detached()
         write_file(self.path / STATE, STATE_FORMAT, self.fitting.state(), {"settings": self.settings})
         picture.save(self.path / GAUSSIANS, {**self.settings, "done": self.fitting.done})
@@ -185,7 +191,7 @@ class FitFolder:
         write_bytes(self.path / "ellipses.png", png_bytes(ellipses[0].permute(1, 2, 0)))
 
     def _quantized(self, picture: GaussianPicture, bits: Bits) -> dict[str, Any]:
-        tuning = Tuning(picture.to(self.image.device), self.image, bits, self.wanted.tuning_steps)
+        tuning = Tuning(picture, self.image, bits, self.wanted.tuning_steps)
         best = tuning.picture()
         rounded = psnr(best, self.image)
         with self.reporter.progress("fine-tuning", self.wanted.tuning_steps) as tell:
@@ -215,8 +221,6 @@ class FitFolder:
         write_bytes(self.path / FRAMES / f"{self.fitting.done:08d}.png", png_bytes(pixels))
 
     def _animate(self) -> None:
-        if self._finished is not None:
-            return  # it was written when the fit ended
         frames = []
         for path in sorted((self.path / FRAMES).glob("*.png")):
             with Image.open(path) as file:
@@ -225,7 +229,6 @@ class FitFolder:
         buffer = io.BytesIO()
         frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
         write_bytes(self.path / "fit.gif", buffer.getvalue())
-        shutil.rmtree(self.path / FRAMES)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smalti.core.errors import UserError
 
-GREY = ("1", "L", "LA", "La", "I", "F")
+GREY = ("1", "L", "LA", "La")
 
 
 def read_image(path: Path, size: int | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from smalti.core.errors import UserError
-from smalti.core.files import write_bytes
+from smalti.core.files import parse_json, write_bytes
 from smalti.gaussian.gaussians import Gaussians
 
 FORMAT = "smalti-gaussian-picture-1"
@@ -51,11 +51,9 @@ class GaussianPicture:
         """Draw the picture, [C, round(scale H), round(scale W)], not clamped; differentiable.
 
         Raises:
-            UserError: a scale that leaves less than one pixel.
+            UserError: what `rendered_size` says.
         """
-        height, width = round(scale * self.height), round(scale * self.width)
-        if not math.isfinite(scale) or min(height, width) < 1:
-            raise UserError(f"scale {scale:g} leaves nothing of a picture of {self.width} x {self.height} pixels")
+        height, width = rendered_size(self.height, self.width, scale)
         return self.gaussians().enlarged(scale).rasterize(height, width, pixel_center=PIXEL_CENTER)[0]
 
     def gaussians(self) -> Gaussians:
@@ -68,10 +66,6 @@ class GaussianPicture:
     def detached(self) -> GaussianPicture:
         """The same without gradients, on the CPU."""
         return self.replaced({name: tensor.detach().cpu() for name, tensor in self.tensors().items()})
-
-    def to(self, device: torch.device) -> GaussianPicture:
-        """The same on another device."""
-        return self.replaced({name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def replaced(self, tensors: Mapping[str, Tensor]) -> GaussianPicture:
         """The same size with other tensors, all of them by name."""
@@ -97,8 +91,22 @@ class GaussianPicture:
         Raises:
             UserError: the file is missing, damaged, or holds something else.
         """
-        tensors, metadata = read_file(Path(path), FORMAT)
-        return cls(**tensors, height=metadata["height"], width=metadata["width"])
+        tensors, facts = read_file(Path(path), FORMAT)
+        try:
+            return cls(**tensors, height=facts["height"], width=facts["width"])
+        except (LookupError, TypeError) as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+
+
+def rendered_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """Rows and columns of a picture that is drawn `scale` times as large.
+
+    Raises:
+        UserError: nothing would be left.
+    """
+    if not math.isfinite(scale) or min(round(scale * height), round(scale * width)) < 1:
+        raise UserError(f"scale {scale:g} leaves nothing of a picture of {width} x {height} pixels")
+    return round(scale * height), round(scale * width)
 
 
 def write_file(path: Path, kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> int:
@@ -121,10 +129,11 @@ def read_file(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]
         raise UserError(f"{path} does not exist; expected a file of the format {kind}")
     try:
         with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("smalti", "{}"))
+            facts = parse_json((file.metadata() or {}).get("smalti", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
-    if metadata.get("format") != kind:
-        raise UserError(f"{path} has the format {metadata.get('format')!r}, expected {kind!r}")
-    return tensors, metadata
+    found = facts.get("format") if isinstance(facts, dict) else None
+    if found != kind:
+        raise UserError(f"{path} has the format {found!r}, expected {kind!r}")
+    return tensors, facts

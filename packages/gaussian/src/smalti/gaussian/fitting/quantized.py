@@ -11,7 +11,7 @@ import lzma
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ class Levels:
     @classmethod
     def of(cls, picture: GaussianPicture, bits: Bits) -> Levels:
         """The levels that fit a picture's numbers: from their smallest to their largest, without a few outliers."""
-        values = _values(picture)
+        values = _values(picture.detached())
         depths = tuple(bits.of_columns(values.shape[1] - 5))
         low, high = (torch.quantile(values, share, dim=0) for share in TAILS)
         width = ((high - low) / values.new_tensor([2.0**depth - 1 for depth in depths])).clamp(min=1e-6)
@@ -181,16 +181,20 @@ def load_quantized(path: str | Path) -> GaussianPicture:
     Raises:
         UserError: the file is missing, damaged, or holds something else.
     """
-    tensors, metadata = read_file(Path(path), FORMAT)
-    bits = tuple(metadata["bits"])
-    content, ends = tensors["codes"].numpy().tobytes(), tensors["lengths"].cumsum(0).tolist()
+    tensors, facts = read_file(Path(path), FORMAT)
     try:
-        planes = [
-            np.frombuffer(lzma.decompress(content[start:end], lzma.FORMAT_RAW, filters=CODER), np.uint8)
-            for start, end in zip([0, *ends[:-1]], ends, strict=True)
-        ]
-    except lzma.LZMAError as error:
+        return _decoded(tensors, facts)
+    except (lzma.LZMAError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
+
+
+def _decoded(tensors: dict[str, Tensor], facts: dict[str, Any]) -> GaussianPicture:
+    bits = tuple(facts["bits"])
+    content, ends = tensors["codes"].numpy().tobytes(), tensors["lengths"].cumsum(0).tolist()
+    planes = [
+        np.frombuffer(lzma.decompress(content[start:end], lzma.FORMAT_RAW, filters=CODER), np.uint8)
+        for start, end in zip([0, *ends[:-1]], ends, strict=True)
+    ]
     places = np.cumsum(_joined(planes[:4]))
     columns = [_separated(places), _separated(places >> 1)]
     taken = 4
@@ -199,7 +203,7 @@ def load_quantized(path: str | Path) -> GaussianPicture:
         taken += -(-depth // 8)
     levels = Levels(tensors["low"], tensors["width"], bits)
     codes = torch.from_numpy(np.stack(columns, 1).astype(np.int64))
-    return levels.picture(codes, metadata["height"], metadata["width"])
+    return levels.picture(codes, facts["height"], facts["width"])
 
 
 def _values(picture: GaussianPicture) -> Tensor:

@@ -95,19 +95,6 @@ def positive_definite(covariances: Tensor) -> Tensor:
     return (xx > 0) & (rest > 0) & covariances.detach().isfinite().all(-1) & squares.isfinite().all(-1)
 
 
-def conics(whitening: Tensor) -> Tensor:
-    """The inverse covariances: entries (xx, xy, yy).
-
-    Args:
-        whitening: [..., 3], as in `Ellipses`.
-
-    Returns:
-        [..., 3], per square pixel.
-    """
-    p, q, r = whitening.unbind(-1)
-    return torch.stack((p * p + q * q, q * r, r * r), dim=-1)
-
-
 @torch.no_grad()
 def _squares_finite(*entries: Tensor) -> Tensor:
     return torch.cat(entries, dim=-1).square().isfinite().all(-1)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smalti.gaussian.rasterizer.backends import MAX_ALPHA_OVER, MIN_TRANSMITTANCE, Gradients, Splats, View
-from smalti.gaussian.rasterizer.reach import reached_pixels
+from smalti.gaussian.rasterizer.reach import pairs_with_tiles, reached_pixels
 
 TILE = 32
 # Pairs at a time: 64 × 32 × 32 numbers in float32 are 256 KiB, which the second-level cache holds.
@@ -261,35 +261,19 @@ class _Pairs(NamedTuple):
         return exponent.exp_().mul_(self.opacities[part, :, None])
 
 
-def _tight_boxes(splats: Splats, view: View) -> Tensor:
-    """The pixels where a Gaussian can reach min_alpha, (left, right, top, bottom), zeros where none: [B, N, 4]."""
-    first, last = reached_pixels(splats, view)
-    empty = (first >= last).any(-1) | (splats.opacities < view.min_alpha)
-    return torch.stack((first, last), dim=-1).flatten(-2).masked_fill(empty[..., None], 0)
-
-
 def _pairs(splats: Splats, view: View, grid: _Grid, opacities: Tensor) -> _Pairs:
-    """All pairs of a tile and a Gaussian whose box touches it, by tile and then by Gaussian."""
-    centers, whitening = splats.centers, splats.whitening
-    boxes = _tight_boxes(splats, view)
+    """All pairs of a tile and a Gaussian that reaches it, by tile and then by Gaussian."""
     h, w = grid.tile_height, grid.tile_width
-    per_image = opacities.shape[1]
-    left, right, top, bottom = boxes.flatten(0, 1).unbind(-1)
-    first_column, across = left // w, (right + w - 1) // w - left // w
-    first_row, down = top // h, (bottom + h - 1) // h - top // h
-    counts = across * down
-    gaussians = torch.repeat_interleave(counts)
-    rank = torch.arange(len(gaussians), device=boxes.device) - (counts.cumsum(0) - counts)[gaussians]
-    row = first_row[gaussians] + rank // across[gaussians]
-    column = first_column[gaussians] + rank % across[gaussians]
-    tile = (gaussians // max(per_image, 1) * grid.rows + row) * grid.columns + column
+    first, last = reached_pixels(splats, view)
+    gaussians, row, column, tile, _ = pairs_with_tiles(first, last, (h, w), (grid.rows, grid.columns))
     tile, order = tile.sort(stable=True)
     gaussians, row, column = gaussians[order], row[order], column[order]
-    bounds = torch.searchsorted(tile, torch.arange(grid.tiles + 1, device=boxes.device)).tolist()
+    bounds = torch.searchsorted(tile, torch.arange(grid.tiles + 1, device=tile.device)).tolist()
 
-    x, y = centers.flatten(0, 1)[gaussians, :, None].unbind(1)
-    p, q, r = whitening.flatten(0, 1)[gaussians, :, None].unbind(1)
-    left, right, top, bottom = boxes.flatten(0, 1)[gaussians, :, None].unbind(1)
+    x, y = splats.centers.flatten(0, 1)[gaussians, :, None].unbind(1)
+    p, q, r = splats.whitening.flatten(0, 1)[gaussians, :, None].unbind(1)
+    left, top = first.flatten(0, 1)[gaussians, :, None].unbind(1)
+    right, bottom = last.flatten(0, 1)[gaussians, :, None].unbind(1)
     first_x, first_y = column[:, None] * w, row[:, None] * h
     dx = _offsets(x, first_x, w, view)
     vx, u2 = q * dx, dx.mul_(p).square_()
