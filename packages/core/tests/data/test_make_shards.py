@@ -259,6 +259,11 @@ def test_check_counts_and_lists_damage(photos):
         assert others[2].startswith("  damaged: image 'a/00': cannot identify image file")
 
 
+def test_check_tells_of_one_size(shard_folder):
+    dataset = WebDatasetOptions(shards=f"{shard_folder(1, 4, 4)}/*.tar", classes=3).build()
+    assert re.fullmatch(r"  all of \d+x\d+ pixels", list(check(dataset, 0, lambda _: None).sentences(dataset))[2])
+
+
 def test_check_goes_on_after_a_damaged_shard(shard_folder):
     folder = shard_folder(3, 2, 4)
     os.truncate(folder / "train-0001.tar", 700)

@@ -34,7 +34,10 @@ class Findings:
             per_class = [self.labels[label] for label in range(classes)]
             yield f"  {min(per_class)} to {max(per_class)} images per class"
             small, large = min(self.sizes, key=min), max(self.sizes, key=max)
-            yield f"  {len(self.sizes)} sizes, from {small[0]}x{small[1]} to {large[0]}x{large[1]} pixels"
+            if len(self.sizes) == 1:
+                yield f"  all of {small[0]}x{small[1]} pixels"
+            else:
+                yield f"  {len(self.sizes)} sizes, from {small[0]}x{small[1]} to {large[0]}x{large[1]} pixels"
         for sentence in self.damaged:
             yield f"  damaged: {sentence}"
 
