@@ -63,7 +63,8 @@ class PatchEmbedding(nn.Module):
 def from_patches(patches: Tensor, patch: int) -> Tensor:
     """Patches `(B, h, w, p p C)` to images `(B, C, H, W)`; a patch lists its rows, their pixels, their channels."""
     pixels = patches.unflatten(-1, (patch, patch, -1))
-    return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    images: Tensor = pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    return images
 
 
 class PatchPixels(nn.Module):
