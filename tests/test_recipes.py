@@ -88,6 +88,15 @@ def test_the_model_is_the_published_one(name):
         assert count == pytest.approx(published.parameters, rel=1.2e-3)  # most are rounded to three digits
 
 
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if "-l2-" in name])
+def test_codes_of_unit_length_are_imported_as_they_are_trained(name):
+    recipe = load_recipe(name)
+    trained = recipe.tokenizer.quantizer
+    assert trained.cosine
+    overrides = zoo_model(recipe.checkpoint).overrides
+    assert overrides == ("quantizer.cosine=true", f"quantizer.unit_length={trained.unit_length}")
+
+
 @pytest.mark.parametrize("name", [name for name in GENERATORS if "checkpoint" in SHIPPED[name]])
 def test_the_generator_is_the_published_one(name):
     recipe = load_recipe(name)
@@ -232,6 +241,11 @@ def test_a_tiny_copy_says_what_it_is_not(tmp_path, monkeypatch):
     (tmp_path / "vgg16.pt").unlink()
     assert shrunk(load_recipe("titok-bl64-vq8k"), tmp_path, said.append) == copy
     assert (tmp_path / "vgg16.pt").read_bytes() == before
+
+
+def test_a_tiny_copy_of_a_grey_published_tokenizer_takes_colours(tmp_path):
+    copy = shrunk(load_recipe("llamagen-b-256", ["tokenizer.preprocessing.channels=1"]), tmp_path, print)
+    assert copy.tokenizer.build().preprocessing.channels == 3
 
 
 def test_a_generator_of_scales_is_looked_at_scale_by_scale(images, tmp_path):

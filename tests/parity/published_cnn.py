@@ -2,80 +2,40 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from copy import deepcopy
 from types import ModuleType
 from typing import Any
 
 import torch
-from published_layouts import check_layout
+from published_parts import (
+    Case,
+    Stages,
+    channel_first,
+    check_layout,
+    imported,
+    known,
+    override,
+    pair,
+    phi_convolutions,
+    preclamp,
+    unit,
+    var_overrides,
+    watched,
+)
 from torch import Tensor
 
-from smalti.core.checkpoints.importing import import_checkpoint
 from smalti.core.codebook_health import CodebookHealth
-from smalti.core.layout import TokenLayout
 from smalti.core.tokenizer import ComposedTokenizer
-
-Stages = dict[str, Tensor]
-Case = dict[str, Any]
-
-
-def known(config: dict[str, Any], **defaults: Any) -> dict[str, Any]:
-    """The configuration over defaults; a key that the runner does not know is an error."""
-    unknown = config.keys() - defaults.keys()
-    assert not unknown, f"options that the runner does not know: {sorted(unknown)}"
-    return defaults | config
-
-
-def override(path: str, value: Any) -> str:
-    return f"{path}={json.dumps(value)}"
-
-
-def channel_first(latent: Tensor) -> Tensor:
-    return latent.movedim(-1, 1)
-
-
-def pair(value: Tensor | float) -> Tensor:
-    """Cases store a scalar followed by 0."""
-    return torch.tensor([float(value), 0.0])
-
-
-def imported(
-    case: Case, parity: ModuleType, overrides: list[str], layout: str | None = None, ema: bool = True
-) -> ComposedTokenizer:
-    weights = parity.fill_state_dict(case["state_dict"], case["weight_seed"])
-    tokenizer = import_checkpoint(weights, layout, overrides, ema=ema)
-    assert isinstance(tokenizer, ComposedTokenizer)
-    return tokenizer
 
 
 def check_networks(
-    tokenizer: ComposedTokenizer, *, width: int, multipliers: list[int], blocks: int, latent: int
+    tokenizer: ComposedTokenizer, config: dict[str, Any], *, width: str = "ch", multipliers: str = "ch_mult"
 ) -> None:
-    """What the layout tells of the networks is what the case was built from."""
+    """What the layout tells of the networks is what the case was built from, by names of the case."""
     encoder, decoder = tokenizer.options.encoder, tokenizer.options.decoder
-    assert (encoder.width, list(encoder.multipliers), encoder.blocks) == (width, multipliers, blocks)
-    assert decoder.widths == encoder.widths
-    assert encoder.latent_width == decoder.latent_width == latent
-
-
-def watched(module: torch.nn.Module, call: Callable[[], Any]) -> tuple[Tensor, Any]:
-    """What `module` gives in the course of a call, and what the call gives."""
-    found: list[Tensor] = []
-    hook = module.register_forward_hook(lambda _module, _inputs, output: found.append(output))
-    with torch.no_grad():
-        result = call()
-    hook.remove()
-    (output,) = found
-    return output, result
-
-
-def preclamp(tokenizer: ComposedTokenizer, tokens: Tensor, layout: TokenLayout | None = None) -> Tensor:
-    """The images of which the public `decode` gives the clamped ones."""
-    images, clamped = watched(tokenizer.decoder, lambda: tokenizer.decode(tokens, layout))
-    assert torch.equal(images.clamp(-1, 1), clamped)
-    return images
+    found = (encoder.width, list(encoder.multipliers), encoder.blocks, encoder.latent_width)
+    assert found == tuple(config[name] for name in (width, multipliers, "num_res_blocks", "z_channels"))
+    assert (decoder.widths, decoder.latent_width) == (encoder.widths, encoder.latent_width)
 
 
 class Run:
@@ -135,13 +95,7 @@ def llamagen(case: Case, parity: ModuleType) -> Stages:
             override("quantizer.entropy_weight", config["entropy_loss_ratio"]),
         ],
     )
-    check_networks(
-        tokenizer,
-        width=config["ch"],
-        multipliers=config["ch_mult"],
-        blocks=config["num_res_blocks"],
-        latent=config["z_channels"],
-    )
+    check_networks(tokenizer, config)
     assert tokenizer.options.encoder.factor == config["downsample"]
     assert tokenizer.quantizer.vocab == (config["codebook_size"],)
     inputs = parity.fill_case_inputs(case)
@@ -176,29 +130,13 @@ def var(case: Case, parity: ModuleType) -> Stages:
         v_patch_nums=[1, 2, 3, 4, 5, 6, 8, 10, 13, 16],
     )
     scales = config["v_patch_nums"]
-    last = scales[-1] if isinstance(scales[-1], int) else max(scales[-1])
-    cosine = config["using_znorm"]
-    overrides = [
-        override("quantizer.scales", scales),
-        override("quantizer.commitment_weight", config["beta"]),
-        override("quantizer.quantizer.cosine", cosine),
-        override("quantizer.quantizer.unit_length", "search" if cosine else "all"),
-        override("preprocessing.image_size", last * 2 ** (len(config["ch_mult"]) - 1)),
-    ]
-    if config["quant_resi"]:
-        overrides.append(override("quantizer.phi_ratio", abs(config["quant_resi"])))
+    overrides = [*var_overrides(config, scales), override("quantizer.commitment_weight", config["beta"])]
     tokenizer = imported(case, parity, overrides)
-    check_networks(
-        tokenizer,
-        width=config["ch"],
-        multipliers=config["ch_mult"],
-        blocks=config["num_res_blocks"],
-        latent=config["z_channels"],
-    )
+    check_networks(tokenizer, config)
     quantizer = tokenizer.quantizer
     assert quantizer.vocab == (config["vocab_size"],)
     assert tokenizer.options.to_codes == ("convolution" if config["quant_conv_ks"] == 3 else "linear")
-    assert len(quantizer.phi) == ((config["share_quant_resi"] or len(scales)) if config["quant_resi"] else 0)
+    assert len(quantizer.phi) == phi_convolutions(config, scales)
     inputs = parity.fill_case_inputs(case)
     encoded, tokens = watched(tokenizer.encoder, lambda: tokenizer.encode(inputs["image"]))
     given = inputs["tokens"][..., None]
@@ -221,75 +159,6 @@ def var(case: Case, parity: ModuleType) -> Stages:
             "reconstruction": raw.clamp(-1, 1),
             "var_input_from_tokens": torch.cat(following[:-1], 1),
             "f_hat_from_tokens": channel_first(quantizer.decode(given, tuple(latent.shape[1:3]))),
-            "image_from_tokens": tokenizer.decode(given),
-        }
-
-
-def xqgan(case: Case, parity: ModuleType) -> Stages:
-    config = known(
-        case["config"],
-        codebook_size=16384,
-        codebook_embed_dim=8,
-        codebook_l2_norm=True,
-        v_patch_nums=[1, 2, 3, 4, 5, 6, 8, 10, 13, 16],
-        enc_type="cnn",
-        dec_type="cnn",
-        encoder_model=None,  # of a vision transformer, which is not there
-        decoder_model=None,
-        image_size=256,
-        patch_size=16,
-        num_latent_tokens=256,
-        abs_pos_embed=False,
-        product_quant=1,
-        share_quant_resi=4,
-        quant_resi=0.5,
-        half_sem=True,
-        lfq=False,
-        scale=1.0,
-        semantic_guide="none",
-        detail_guide="none",
-        encoder_ch_mult=[1, 1, 2, 2, 4],
-        decoder_ch_mult=[1, 1, 2, 2, 4],
-        z_channels=256,
-    )
-    assert (config["enc_type"], config["dec_type"], config["product_quant"]) == ("cnn", "cnn", 1)
-    assert config["semantic_guide"] == config["detail_guide"] == "none"
-    scales = config["v_patch_nums"]
-    overrides = [override("preprocessing.image_size", config["image_size"])]
-    if len(scales) > 1:
-        overrides.append(override("quantizer.scales", scales))
-        if config["quant_resi"]:
-            overrides.append(override("quantizer.phi_ratio", abs(config["quant_resi"])))
-        if config["lfq"]:
-            overrides.append(override("quantizer.scale_decay", config["scale"]))
-            overrides.append(override("quantizer.normalise", config["codebook_l2_norm"]))
-            overrides.append(override("quantizer.quantizer.name", "bsq" if config["codebook_l2_norm"] else "lfq"))
-    tokenizer = imported(case, parity, overrides)
-    assert list(tokenizer.options.encoder.multipliers) == config["encoder_ch_mult"]
-    assert list(tokenizer.options.decoder.multipliers) == config["decoder_ch_mult"]
-    assert tokenizer.encoder.width == config["z_channels"]
-    quantizer = tokenizer.quantizer
-    assert quantizer.vocab == (config["codebook_size"],)
-    inputs = parity.fill_case_inputs(case)
-
-    encoded, tokens = watched(tokenizer.encoder, lambda: tokenizer.encode(inputs["image"]))
-    random, given = inputs["latent"].movedim(1, -1), inputs["tokens"].movedim(1, -1)
-    with torch.no_grad():
-        space = tuple(random.shape[1:3])
-        quantized = quantizer(random)
-        first = next(iter(quantizer.partial_sums(quantized.tokens))) if len(scales) > 1 else quantized.latent
-        decoded = preclamp(tokenizer, quantized.tokens)
-        return {
-            "encoder": channel_first(encoded),
-            "latent": channel_first(tokenizer.to_codes(encoded)),
-            "image_indices": tokens.movedim(-1, 1),
-            "reconstruction": tokenizer.decode(tokens),
-            "latent_indices": quantized.tokens.movedim(-1, 1),
-            "latent_f_hat": channel_first(quantized.latent),
-            "latent_f_hat_scale0": channel_first(first),
-            "latent_decoded_preclamp": decoded,
-            "latent_decoded": decoded.clamp(-1, 1),
-            "f_hat_from_tokens": channel_first(quantizer.decode(given, space)),
             "image_from_tokens": tokenizer.decode(given),
         }
 
@@ -319,22 +188,16 @@ def maskgit(case: Case, parity: ModuleType) -> Stages:
             override("quantizer.codebook_weight", config["commitment_cost"]),
         ],
     )
-    check_networks(
-        tokenizer,
-        width=config["hidden_channels"],
-        multipliers=config["channel_mult"],
-        blocks=config["num_res_blocks"],
-        latent=config["z_channels"],
-    )
+    check_networks(tokenizer, config, width="hidden_channels", multipliers="channel_mult")
     assert len(config["channel_mult"]) == config["num_resolutions"]
     inputs = parity.fill_case_inputs(case)
     run = Run(tokenizer, inputs["image"])
-    decoded = (run.decoded(inputs["tokens"]) + 1) / 2  # images are in [0, 1] there
+    decoded = unit(run.decoded(inputs["tokens"]))
     return {
         "hidden": channel_first(run.encoded),
         "tokens": run.indices.flatten(1),
         "quantized": channel_first(run.quantized.latent),
-        "reconstruction": (run.reconstruction + 1) / 2,
+        "reconstruction": unit(run.reconstruction),
         "token_reconstruction": decoded,
         "token_reconstruction_clamped": decoded.clamp(0, 1),
     }
@@ -366,13 +229,7 @@ def seed_voken(case: Case, parity: ModuleType) -> Stages:
     found: Stages = {}
     for suffix in ("", "_ema") if config["use_ema"] else ("",):
         tokenizer = imported(case, parity, overrides, layout, ema=suffix == "_ema")
-        check_networks(
-            tokenizer,
-            width=network["ch"],
-            multipliers=network["ch_mult"],
-            blocks=network["num_res_blocks"],
-            latent=network["z_channels"],
-        )
+        check_networks(tokenizer, network)
         assert tokenizer.quantizer.vocab == (config["n_embed"],)
         assert tokenizer.quantizer.dim == config["embed_dim"]
         resolutions = [network["resolution"] // 2**level for level in range(len(network["ch_mult"]))]
@@ -404,22 +261,30 @@ def vistok(case: Case, parity: ModuleType) -> Stages:
         ],
     )
     _check_vistok_networks(tokenizer, config)
-    run = Run(tokenizer, image)
+    return vistok_stages(Run(tokenizer, image), inputs["tokens"])
+
+
+def vistok_stages(run: Run, tokens: Tensor) -> Stages:
+    """What its tokenizer makes of the run's images and of tokens `(B, h, w)`; a sequence is a grid of one row there."""
+    tokenizer, options, space = run.tokenizer, run.tokenizer.options.quantizer, tuple(run.latent.shape[1:-1])
     trained = losses(tokenizer, run.latent)
-    options = tokenizer.options.quantizer
     commitment = trained.get("commitment", torch.zeros(())) / (getattr(options, "commitment_weight", 0) or 1)
     codes = trained.get("codebook", torch.zeros(())) + trained.get("double", torch.zeros(()))
     if options.name == "vq" and options.update == "ema":  # reported there, though averages move the codes
         codes = commitment
     health = CodebookHealth(tokenizer.quantizer.vocab)
     health.update(run.quantized.tokens)
+
+    def theirs(grid: Tensor) -> Tensor:
+        return grid.unsqueeze(1) if len(space) == 1 else grid
+
     found = {
-        "encoder": channel_first(run.encoded),
-        "latent": channel_first(run.latent),
-        "indices": run.indices,
-        "codes": channel_first(tokenizer.quantizer.decode(run.quantized.tokens, tuple(run.latent.shape[1:3])).detach()),
+        "encoder": channel_first(theirs(run.encoded)),
+        "latent": channel_first(theirs(run.latent)),
+        "indices": theirs(run.indices),
+        "codes": channel_first(theirs(tokenizer.quantizer.decode(run.quantized.tokens, space).detach())),
         "reconstruction": run.reconstruction,
-        "decode_tokens": run.decoded(inputs["tokens"]),
+        "decode_tokens": run.decoded(tokens[:, 0] if len(space) == 1 else tokens),
         "loss_commit": pair(commitment),
         "loss_vq": pair(codes),
         "perplexity": pair(health.result()["perplexity"][0]),
@@ -483,7 +348,6 @@ def _check_vistok_networks(tokenizer: ComposedTokenizer, config: dict[str, Any])
 RUNNERS = {
     "llamagen-vq-": llamagen,
     "var-vqvae-": var,
-    "xqgan-cnn": xqgan,
     "maskgitvq-": maskgit,
     "quant-openmagvit2-": seed_voken,
     "quant-ibq-": seed_voken,

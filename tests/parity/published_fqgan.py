@@ -6,10 +6,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from published_layouts import check_layout
+from published_parts import check_layout, imported, override
 from torch import Tensor, nn
-
-from smalti.core.checkpoints.importing import import_checkpoint
 
 
 def _overrides(config: dict[str, Any]) -> list[str]:
@@ -18,14 +16,14 @@ def _overrides(config: dict[str, Any]) -> list[str]:
     disentanglement = config["disentanglement_ratio"] if config["with_disentanglement"] else 0.0
     heads = config["feature_heads"] if config["with_clip_supervision"] else {}
     return [
-        *(f"feature_heads.{name}.heads={head['heads']}" for name, head in heads.items()),
-        f"encoder.adapter_heads={config['adapter']['heads']}",
-        f"{unit}.cosine={str(config['codebook_l2_norm']).lower()}",
-        f"{unit}.commitment_weight={config['commit_loss_beta']}",
-        f"{unit}.entropy_weight={config['entropy_loss_ratio']}",
-        f"quantizer.disentanglement_weight={disentanglement}",
-        f"encoder.dropout={config['dropout_p']}",
-        f"decoder.dropout={config['dropout_p']}",
+        *(override(f"feature_heads.{name}.heads", head["heads"]) for name, head in heads.items()),
+        override("encoder.adapter_heads", config["adapter"]["heads"]),
+        override(f"{unit}.cosine", config["codebook_l2_norm"]),
+        override(f"{unit}.commitment_weight", config["commit_loss_beta"]),
+        override(f"{unit}.entropy_weight", config["entropy_loss_ratio"]),
+        override("quantizer.disentanglement_weight", disentanglement),
+        override("encoder.dropout", config["dropout_p"]),
+        override("decoder.dropout", config["dropout_p"]),
     ]
 
 
@@ -91,12 +89,11 @@ def fqgan(case: dict[str, Any], parity: ModuleType) -> dict[str, Tensor]:
     config = case["config"]
     layout = "fqgan-with-feature-heads" if config["with_clip_supervision"] else None
     if not case["outputs"]:
-        _check(check_layout(case, tuple(_overrides(config)), layout), config)
+        _check(check_layout(case, _overrides(config), layout), config)
         check_layout(case)  # as it is recognised, without the feature heads
         return {}
     inputs = parity.fill_case_inputs(case)
-    weights = parity.fill_state_dict(case["state_dict"], case["weight_seed"])
-    tokenizer = import_checkpoint(weights, layout, overrides=_overrides(config))
+    tokenizer = imported(case, parity, _overrides(config), layout)
     _check(tokenizer, config)
     branches, widths = tokenizer.options.encoder.branches, tokenizer.quantizer.product.widths
     given = torch.stack([inputs[f"tokens_{branch}"].flatten(1) for branch in branches], dim=-1)

@@ -11,8 +11,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from published_cnn import Run, channel_first, check_networks, imported, known, override, watched
-from published_layouts import check_layout
+from published_cnn import Run
+from published_parts import Case, Stages, channel_first, check_layout, imported, known, override, watched
 from torch import Tensor, nn
 
 from smalti.core.checkpoints.importing import import_checkpoint
@@ -21,9 +21,6 @@ from smalti.gaussian.gaussians import Gaussians
 from smalti.gaussian.gaussiantoken.checkpoint import embed_config, embed_rules
 from smalti.gaussian.gaussiantoken.embed import GaussianEmbed, GaussianEmbedOptions
 from smalti.gaussian.gaussiantoken.tokenizer import GaussianTokenizer
-
-Stages = dict[str, Tensor]
-Case = dict[str, Any]
 
 OPERATIONS = {"cross_attn": "attention", "ffn": "feed-forward", "refine": "refine", "spconv": "sparse-convolution"}
 QUANTIZER = {
@@ -317,7 +314,7 @@ def _given(tokenizer: GaussianTokenizer, inputs: dict[str, Tensor]) -> Stages:
 
 def vqgan(case: Case, parity: ModuleType, config: dict[str, Any]) -> Stages:
     """The VQGAN without Gaussians."""
-    quantizer, network = known(config["vq_cfg"], **QUANTIZER), known(config["img_encoder_cfg"], **NETWORK)
+    quantizer = known(config["vq_cfg"], **QUANTIZER)
     assert quantizer["accept_image_fmap"]
     if not case["outputs"]:
         _check_networks(check_layout(case), config)
@@ -331,13 +328,6 @@ def vqgan(case: Case, parity: ModuleType, config: dict[str, Any]) -> Stages:
     found: Stages = {}
     for prefix, ema in (("raw.", False), ("ema.", True)) if averaged else (("", False),):
         tokenizer = imported(case, parity, overrides, ema=ema)
-        check_networks(
-            tokenizer,
-            width=network["ch"],
-            multipliers=network["ch_mult"],
-            blocks=network["num_res_blocks"],
-            latent=network["z_channels"],
-        )
         _check_networks(tokenizer, config)
         run = Run(tokenizer, image)
         stages = {

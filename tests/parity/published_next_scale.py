@@ -6,11 +6,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from published_cnn import override
-from published_layouts import check_layout
+from published_parts import Case, Stages, check_layout, imported, override, phi_convolutions, unit, var_overrides
+from published_xqgan import xqgan_overrides
 from torch import Tensor
 
-from smalti.core.checkpoints.importing import import_checkpoint
 from smalti.core.sampling_settings import SamplingSettings
 from smalti.core.tokenizer import ComposedTokenizer
 from smalti.generation.decoding import decoding
@@ -18,9 +17,10 @@ from smalti.generation.sampling import TokenSampler
 from smalti.generation.var import VAR
 from smalti.generation.var_editing import Kept, inside_box, kept_positions
 
-Stages = dict[str, Tensor]
-Case = dict[str, Any]
-TOKENIZER_KEYS = {"beta", "ch", "ch_mult", "quant_conv_ks", "num_res_blocks"}
+TOKENIZER_KEYS = {
+    *("beta", "ch", "ch_mult", "num_res_blocks", "quant_conv_ks", "quant_resi", "share_quant_resi", "using_znorm"),
+    *("v_patch_nums", "vocab_size", "z_channels"),
+}
 
 
 class Recorder(TokenSampler):
@@ -57,10 +57,6 @@ def below(case: Case, prefix: str) -> Case:
         if name.startswith(prefix)
     }
     return case | {"state_dict": entries}
-
-
-def filled(case: Case, parity: ModuleType) -> dict[str, Tensor]:
-    return parity.fill_state_dict(case["state_dict"], case["weight_seed"])
 
 
 def generator_overrides(left: dict[str, Any], layout: list[int]) -> list[str]:
@@ -109,31 +105,21 @@ def sampled(model: VAR, tokenizer: ComposedTokenizer, labels: Tensor, settings: 
         assert torch.equal(tokenizer.decode_latent(drawn.latent), image)
     found = {f"sample_logits_scale{scale}": sampler.scale(scale, streams) for scale in range(last + 1)}
     found["sample_logits_last"] = sampler.scale(last, streams)
-    return found | {"sample_tokens": drawn.tokens.movedim(-1, 1), "sample_image": (image + 1) / 2}
+    return found | {"sample_tokens": drawn.tokens.movedim(-1, 1), "sample_image": unit(image)}
 
 
 def loaded(case: Case, parity: ModuleType, left: dict[str, Any]) -> tuple[VAR, ComposedTokenizer]:
     """VAR and its tokenizer, from two files."""
     scales, parts = left.pop("patch_nums"), left.pop("vae")
-    assert parts.pop("v_patch_nums") == scales
-    cosine = parts.pop("using_znorm")
-    size = scales[-1] * 2 ** (len(parts["ch_mult"]) - 1)
-    overrides = [
-        override("quantizer.scales", scales),
-        override("quantizer.quantizer.cosine", cosine),
-        override("quantizer.quantizer.unit_length", "search" if cosine else "all"),
-        override("preprocessing.image_size", size),
-    ]
-    if ratio := parts.pop("quant_resi"):
-        overrides.append(override("quantizer.phi_ratio", abs(ratio)))
-    tokenizer = import_checkpoint(filled(below(case, "vae."), parity), "var-vqvae", overrides)
-    model = import_checkpoint(filled(below(case, "var."), parity), overrides=generator_overrides(left, scales))
+    assert parts.keys() <= TOKENIZER_KEYS, f"unknown configuration {parts}"
+    assert parts["v_patch_nums"] == scales
+    tokenizer = imported(below(case, "vae."), parity, var_overrides(parts, scales), "var-vqvae")
+    model = imported(below(case, "var."), parity, generator_overrides(left, scales))
     assert isinstance(tokenizer, ComposedTokenizer)
     assert isinstance(model, VAR)
-    assert model.options.code_width == parts.pop("z_channels")
-    assert model.token_layout.vocab == (parts.pop("vocab_size"),)
-    assert len(tokenizer.quantizer.phi) == ((parts.pop("share_quant_resi") or len(scales)) if ratio else 0)
-    assert parts.keys() <= TOKENIZER_KEYS, f"unknown configuration {parts}"
+    assert model.options.code_width == parts["z_channels"]
+    assert model.token_layout.vocab == (parts["vocab_size"],)
+    assert len(tokenizer.quantizer.phi) == phi_convolutions(parts, scales)
     model.attach(tokenizer)
     check_generator(model, left)
     return model, tokenizer
@@ -168,7 +154,7 @@ def edit(case: Case, parity: ModuleType) -> Stages:
         found[f"{name}_mask_per_scale"] = kept.long()
         sampler = recorded(model, labels, settings, Kept(tokens, kept))
         found[f"{name}_tokens"] = torch.cat(list(sampler.drawn.values()), 1)
-        found[f"{name}_image"] = (tokenizer.decode(edited.tokens) + 1) / 2
+        found[f"{name}_image"] = unit(tokenizer.decode(edited.tokens))
     return found
 
 
@@ -179,7 +165,7 @@ def product(case: Case, parity: ModuleType) -> Stages:
     left.pop("p_drop")  # of training
     overrides = generator_overrides(left, scales)
     if not case["outputs"]:
-        model = check_layout(case, tuple(overrides))
+        model = check_layout(case, overrides)
         assert isinstance(model, VAR)
         parameters = left.pop("parameters")
         assert parameters == sum(weight.numel() for weight in model.parameters())
@@ -187,15 +173,10 @@ def product(case: Case, parity: ModuleType) -> Stages:
         assert not left, f"unknown configuration {left}"
         assert model.token_layout.vocab == (parts["codebook_size"],) * parts["product_quant"]
         return {}
-    weights = filled(case, parity)
-    model = import_checkpoint(weights, overrides=overrides)
+    model = imported(case, parity, overrides)
     assert isinstance(model, VAR)
-    vit = "quantizer.quantizers.0"
     assert parts["v_patch_nums"] == scales
-    parts_overrides = [override(f"{vit}.scales", scales)]
-    if parts["quant_resi"]:
-        parts_overrides.append(override(f"{vit}.phi_ratio", abs(parts["quant_resi"])))
-    tokenizer = import_checkpoint(filled(below(case, "vae_local."), parity), overrides=parts_overrides)
+    tokenizer = imported(below(case, "vae_local."), parity, xqgan_overrides(parts))
     assert isinstance(tokenizer, ComposedTokenizer)
     model.attach(tokenizer)
     check_generator(model, left)

@@ -8,12 +8,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from published_layouts import check_layout
+from published_parts import check_layout, imported, override, row
 from safetensors.torch import save_file
 from torch import Tensor
 
 from smalti.core.backbones.titok import TiTokEncoder
-from smalti.core.checkpoints.importing import import_checkpoint
 from smalti.core.plugins import registry
 
 SOURCES = {"MAE", "CLIP", "DINO_TITOK", "DINO_V2", "DEPTH_ANYTHING_V2"}
@@ -80,16 +79,16 @@ def _features(encoder: TiTokEncoder, images: Tensor) -> Tensor:
 
 def tokenizer(case: dict[str, Any], parity: ModuleType) -> dict[str, Tensor]:
     config = case["config"]
-    overrides = (  # what names and shapes do not tell
-        f"encoder.heads={config['heads']}",
-        f"encoder.norm_eps={config['encoder_norm_eps']}",
-        f"encoder.activation={ACTIVATIONS[config['encoder_activation']]}",
-    )
+    overrides = [  # what names and shapes do not tell
+        override("encoder.heads", config["heads"]),
+        override("encoder.norm_eps", config["encoder_norm_eps"]),
+        override("encoder.activation", ACTIVATIONS[config["encoder_activation"]]),
+    ]
     if not case["outputs"]:
         _check(check_layout(case, overrides), config)
         return {}
     inputs = parity.fill_case_inputs(case)
-    model = import_checkpoint(parity.fill_state_dict(case["state_dict"], case["weight_seed"]), overrides=overrides)
+    model = imported(case, parity, overrides)
     _check(model, config)
     with torch.no_grad():
         latent = model.to_codes(model.encoder(inputs["image"]))
@@ -100,19 +99,14 @@ def tokenizer(case: dict[str, Any], parity: ModuleType) -> dict[str, Tensor]:
         loss = quantized.losses["commitment"] + quantized.losses["codebook"]
         return {
             "features": _features(model.encoder, inputs["image"]),
-            "latent": _row(latent),
-            "latent_normalized": _row(torch.nn.functional.normalize(latent, dim=-1)),
+            "latent": row(latent),
+            "latent_normalized": row(torch.nn.functional.normalize(latent, dim=-1)),
             "tokens": model.encode(inputs["image"]).squeeze(-1),
-            "quantized": _row(model.quantizer(latent).latent),
+            "quantized": row(model.quantizer(latent).latent),
             "codebook_loss": torch.stack([loss, 2 * loss]),
             "reconstruction": model(inputs["image"]).images,
             "token_reconstruction": model.decoder(model.from_codes(codes)),
         }
-
-
-def _row(latent: Tensor) -> Tensor:
-    """`(B, N, D)` as the original keeps it, `(B, D, 1, N)`."""
-    return latent.transpose(1, 2).unsqueeze(2)
 
 
 def start(case: dict[str, Any], parity: ModuleType) -> dict[str, Tensor]:

@@ -6,11 +6,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from published_layouts import check_layout
+from published_parts import channel_first, check_layout, imported, override, row, unit
 from torch import Tensor, nn
 
 from smalti.core.autoencoder import Autoencoder
-from smalti.core.checkpoints.importing import export_checkpoint, import_checkpoint
+from smalti.core.checkpoints.importing import export_checkpoint
 
 # Facts of the only pixel decoder there is, which the layout finds by itself or has as published values.
 PIXEL_DECODER = {
@@ -31,11 +31,11 @@ def _overrides(config: dict[str, Any]) -> list[str]:
     """What names and shapes do not tell."""
     found = []
     for half in ("encoder", "decoder"):
-        found.append(f"{half}.heads={config[half]['heads']}")
-        found.append(f"{half}.norm_eps={config[half]['layer_norm_eps']}")
+        found.append(override(f"{half}.heads", config[half]["heads"]))
+        found.append(override(f"{half}.norm_eps", config[half]["layer_norm_eps"]))
     if config["quantize_mode"] == "vq":
-        found.append(f"quantizer.cosine={str(config['use_l2_norm']).lower()}")
-        found.append(f"quantizer.commitment_weight={config['commitment_cost']}")
+        found.append(override("quantizer.cosine", config["use_l2_norm"]))
+        found.append(override("quantizer.commitment_weight", config["commitment_cost"]))
     return found
 
 
@@ -82,28 +82,14 @@ def _check(model: nn.Module, config: dict[str, Any]) -> None:
     assert not left, f"unknown configuration {left}"
 
 
-def _theirs(latent: Tensor) -> Tensor:
-    """`(B, N, D)` as the original's `(B, D, 1, N)`."""
-    return latent.transpose(1, 2).unsqueeze(2)
-
-
-def _unit(images: Tensor) -> Tensor:
-    """Our images in [-1, 1] as theirs in [0, 1]."""
-    return (images + 1) / 2
-
-
-def _channels_first(grid: Tensor) -> Tensor:
-    return grid.permute(0, 3, 1, 2)
-
-
 def run(case: dict[str, Any], parity: ModuleType) -> dict[str, Tensor]:
     config = case["config"]
     if not case["outputs"]:
-        _check(check_layout(case, tuple(_overrides(config))), config)
+        _check(check_layout(case, _overrides(config)), config)
         return {}
-    weights = parity.fill_state_dict(case["state_dict"], case["weight_seed"])
-    model = import_checkpoint(weights, overrides=_overrides(config))
+    model = imported(case, parity, _overrides(config))
     _check(model, config)
+    weights = parity.fill_state_dict(case["state_dict"], case["weight_seed"])
     exported = export_checkpoint(model, "titok")
     assert exported.keys() == weights.keys()
     assert all(torch.equal(exported[name], weights[name]) for name in weights)
@@ -118,22 +104,22 @@ def _discrete(model: nn.Module, config: dict[str, Any], inputs: dict[str, Tensor
     quantized = model.quantizer(latent)
     given = model.quantizer.decode(inputs["tokens"].unsqueeze(2), (inputs["tokens"].shape[1],))
     found = {
-        "latent": _theirs(latent),
+        "latent": row(latent),
         "tokens": model.encode(inputs["image"]).transpose(1, 2),
-        "quantized": _theirs(quantized.latent),
+        "quantized": row(quantized.latent),
     }
     assert torch.equal(quantized.tokens, model.encode(inputs["image"]))
     if config["is_legacy"]:
         logits = model.decoder.head.logits(model.decoder.grid(model.from_codes(quantized.latent)))
-        found["decoder_logits"] = _channels_first(logits)
+        found["decoder_logits"] = channel_first(logits)
         given_logits = model.decoder.head.logits(model.decoder.grid(model.from_codes(given)))
-        found["token_decoder_logits"] = _channels_first(given_logits)
+        found["token_decoder_logits"] = channel_first(given_logits)
     if config["finetune_decoder"]:
-        found["soft_codes"] = _channels_first(model.decoder.head.mixed(logits))
+        found["soft_codes"] = channel_first(model.decoder.head.mixed(logits))
     if config["finetune_decoder"] or not config["is_legacy"]:
-        found["reconstruction"] = _unit(model(inputs["image"], **text).images)
+        found["reconstruction"] = unit(model(inputs["image"], **text).images)
         decoded = model.decoder(model.from_codes(given), **text)
-        found["token_reconstruction"] = _unit(decoded)
+        found["token_reconstruction"] = unit(decoded)
         clamped = model.decode(inputs["tokens"].unsqueeze(2), **text)
         torch.testing.assert_close(clamped, decoded.clamp(-1, 1))
     return found
@@ -150,13 +136,13 @@ def _continuous(model: nn.Module, config: dict[str, Any], inputs: dict[str, Tens
     clamped = model.decode(z, **text)
     torch.testing.assert_close(clamped, decoded.clamp(-1, 1))
     return {
-        "moments": _theirs(moments),
-        "latent": _theirs(moments),
-        "mean": _theirs(mean),
-        "std": _theirs(posterior.std),
+        "moments": row(moments),
+        "latent": row(moments),
+        "mean": row(mean),
+        "std": row(posterior.std),
         "kl": posterior.divergence(),
-        "reconstruction": _unit(model(inputs["image"], **text).images),
-        "z_reconstruction": _unit(decoded),
+        "reconstruction": unit(model(inputs["image"], **text).images),
+        "z_reconstruction": unit(decoded),
     }
 
 

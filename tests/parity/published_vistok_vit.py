@@ -5,12 +5,9 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import torch
-from published_cnn import Case, Run, Stages, channel_first, imported, known, losses, override, pair, vistok_quantizer
-from published_layouts import check_layout
-from torch import Tensor
+from published_cnn import Run, vistok_quantizer, vistok_stages
+from published_parts import Case, Stages, check_layout, imported, known, override
 
-from smalti.core.codebook_health import CodebookHealth
 from smalti.core.tokenizer import ComposedTokenizer
 
 
@@ -49,35 +46,12 @@ def run(case: Case, parity: ModuleType) -> Stages:
         ),
     ]
     if not case["outputs"]:
-        _checked(check_layout(case, tuple(overrides)), config)
+        _checked(check_layout(case, overrides), config)
         return {}
     tokenizer = imported(case, parity, overrides)
     _checked(tokenizer, config)
     inputs = parity.fill_case_inputs(case)
-    ran = Run(tokenizer, inputs["image"])
-    trained = losses(tokenizer, ran.latent)
-    health = CodebookHealth(tokenizer.quantizer.vocab)
-    health.update(ran.quantized.tokens)
-    space = tuple(ran.latent.shape[1:-1])
-    codes = tokenizer.quantizer.decode(ran.quantized.tokens, space).detach()
-
-    def theirs(latent: Tensor) -> Tensor:
-        """A sequence is a grid of one row there."""
-        return channel_first(latent.unsqueeze(1) if len(space) == 1 else latent)
-
-    sequence = len(space) == 1
-    with torch.no_grad():
-        return {
-            "encoder": theirs(ran.encoded),
-            "latent": theirs(ran.latent),
-            "indices": ran.indices.unsqueeze(1) if sequence else ran.indices,
-            "codes": theirs(codes),
-            "reconstruction": ran.reconstruction,
-            "decode_tokens": ran.decoded(inputs["tokens"][:, 0] if sequence else inputs["tokens"]),
-            "loss_commit": pair(trained["commitment"] / tokenizer.options.quantizer.commitment_weight),
-            "loss_vq": pair(trained["codebook"]),
-            "perplexity": pair(health.result()["perplexity"][0]),
-        }
+    return vistok_stages(Run(tokenizer, inputs["image"]), inputs["tokens"])
 
 
 RUNNERS = {"vistok-titok-": run, "vistok-branch-vitvqgan-": run}

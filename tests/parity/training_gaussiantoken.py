@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from published_cnn import known
+from published_parts import known
 from torch import Tensor, nn
 
 from smalti.core.training.ema import EMA

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from published_xqgan import xqgan_overrides
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -79,8 +80,7 @@ def xqgan_forward(case: dict[str, Any], parity: ModuleType) -> dict[str, Tensor]
     tokenizer = import_checkpoint(
         tensors,
         overrides=[
-            f"quantizer.quantizers.0.scales={config['v_patch_nums']}",
-            f"quantizer.quantizers.0.phi_ratio={config['quant_resi']}",
+            *xqgan_overrides(config),
             # XQ-GAN's VQ class does not divide the commitment loss by the number of scales.
             f"quantizer.quantizers.0.commitment_weight={0.25 * len(config['v_patch_nums'])}",
             "encoder.drop_path=0.0",

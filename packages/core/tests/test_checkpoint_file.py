@@ -201,6 +201,7 @@ def test_averaged_weights_are_preferred(tmp_path):
         {"ema": {"decay": 0.99, "shadow": [torch.ones(1)]}, "model": WEIGHTS},
         {f"module.{name}": tensor for name, tensor in WEIGHTS.items()},
         {"model": {f"_orig_mod.{name}": tensor for name, tensor in WEIGHTS.items()}},
+        {f"module._orig_mod.{name}": tensor for name, tensor in WEIGHTS.items()},
         {name: torch.nn.Parameter(tensor) for name, tensor in WEIGHTS.items()},
     ],
 )

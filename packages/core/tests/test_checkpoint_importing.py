@@ -142,6 +142,30 @@ def test_export_refuses_what_a_layout_cannot_hold(tokenizer):
         export_checkpoint(tokenizer, "toy")
 
 
+def test_export_refuses_what_an_import_would_not_take(tokenizer, published, monkeypatch):
+    layout = registry().load("checkpoint", "toy")
+
+    def refused():
+        with pytest.raises(UserError) as caught:
+            export_checkpoint(tokenizer, "toy")
+        return str(caught.value).removeprefix("this tokenizer cannot be written in the layout toy: ")
+
+    def of_others(_, config):
+        return iter(config["options"]["preprocessing"]["channels"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "rules", of_others)
+        assert refused() == "it is made of other parts"
+    config = layout().config({name: tuple(tensor.shape) for name, tensor in published.items()})
+    with monkeypatch.context() as patch:
+        config["options"]["encoder"]["groups"] = 3
+        patch.setattr(layout, "config", lambda *_: config)
+        expected = "encoder: width 8 cannot be divided into 3 normalisation groups"
+        assert refused().startswith(f"an import would be refused, {expected}")
+    monkeypatch.setattr(layout, "config", lambda _, shapes: shapes["steps_seen"])
+    assert refused() == "the weights lack steps_seen, without which the layout toy cannot be"
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".bin", ".ckpt"])
 def test_files_there_and_back(tokenizer, tmp_path, suffix):
     path = tmp_path / f"toy{suffix}"

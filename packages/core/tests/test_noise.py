@@ -41,6 +41,12 @@ def test_known_values_stay():
     assert found == [0.9441346619014952, 0.35513735080125874]
 
 
+def test_seeds_beyond_64_bits_are_seeds_too():
+    samples = torch.arange(3)
+    assert not torch.equal(uniform(2**63 + 1, samples, 0), uniform(1, samples, 0))
+    assert torch.equal(uniform(2**64 + 1, samples, 0), uniform(1, samples, 0))
+
+
 def test_mixed_seed():
     assert mixed_seed(1, "a", 2) == mixed_seed(1, "a", 2)
     assert len({mixed_seed(1, "a", 2), mixed_seed(1, "a", 3), mixed_seed(1, "b", 2), mixed_seed(2, "a", 2)}) == 4

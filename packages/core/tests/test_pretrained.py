@@ -136,6 +136,11 @@ def test_other_blocks(tmp_path):
     assert told(path) == (f"{path} cannot start a transformer of plain ViT blocks: it has blocks.0.attn.k_norm.bias")
 
 
+def test_positions_of_no_square_grid(tmp_path):
+    path = saved(timm_vit(img_size=(32, 24)), tmp_path / "vit.safetensors")
+    assert told(path) == f"{path} cannot start ViT blocks: its 13 positions are of no square grid"
+
+
 def test_no_vit_at_all(tmp_path):
     save_file({"norm.weight": torch.ones(3)}, tmp_path / "x.safetensors")
     assert told(tmp_path / "x.safetensors").endswith(

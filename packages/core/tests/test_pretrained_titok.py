@@ -106,12 +106,12 @@ def test_everything_is_trained(path):
     ("source", "changes", "sentence"),
     [
         ({"reg_tokens": 2}, {}, "has register tokens, which titok has not: take the encoder timm"),
-        ({"pre_norm": True}, {}, "does not fit this encoder: {path} has sequence.norm_pre.bias, the encoder has not"),
-        ({}, {"norm_pre": True}, "does not fit this encoder: the encoder has sequence.norm_pre.bias, {path} has not"),
+        ({"pre_norm": True}, {}, "cannot start a titok: it has sequence.norm_pre.bias"),
+        ({}, {"norm_pre": True}, "cannot start a titok: it lacks sequence.norm_pre.bias"),
         (
             {},
             {"mlp_width": 32},
-            "does not fit this encoder: its sequence.blocks.0.mlp.0.bias is (64,), should be (32,)",
+            "cannot start a titok: its sequence.blocks.0.mlp.0.weight is (64, 16), should be (32, 16)",
         ),
     ],
 )
@@ -119,7 +119,7 @@ def test_backbones_that_do_not_fit(path, source, changes, sentence):
     timm_vit(path, **source)
     with pytest.raises(UserError) as error:
         options(path, **changes).build(3)
-    assert str(error.value) == f"{path} {sentence.format(path=path)}"
+    assert str(error.value) == f"{path} {sentence}"
 
 
 def test_grey_images(path):

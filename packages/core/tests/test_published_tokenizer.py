@@ -27,8 +27,9 @@ def options_of(config) -> TokenizerOptions:
     return registry().options("tokenizer", config["name"]).model_validate(config)
 
 
-def published(content, source, size=8):
-    tokenizer = {"name": "published", "source": str(source), "preprocessing": {"image_size": size, "channels": 1}}
+def published(content, source, size=8, channels=1):
+    preprocessing = {"image_size": size, "channels": channels}
+    tokenizer = {"name": "published", "source": str(source), "preprocessing": preprocessing}
     return {**content, "tokenizer": tokenizer, "train": {"generator": content["train"]["generator"]}, "evaluate": None}
 
 
@@ -73,3 +74,5 @@ def test_what_it_refuses(content, trained, tmp_path):
         options_of(published(content, "nothing-there")["tokenizer"]).build()
     with pytest.raises(UserError, match="7"):
         options_of(published(content, tmp_path / "first", size=7)["tokenizer"]).build()
+    with pytest.raises(UserError, match=r"first takes images of 1 channels, not 3: set preprocessing\.channels$"):
+        options_of(published(content, tmp_path / "first", channels=3)["tokenizer"]).build()

@@ -27,10 +27,9 @@ GRID = {"width": 24, "layers": 2, "heads": 2, "patch": 4, "grid": (4, 4)}
 PROXY = {"name": "proxy", "codes": 16, "decoder": CNNDecoderOptions(widths=(8, 8), blocks=1)}
 
 
-def composed(encoder, decoder):
-    return ComposedOptions(
-        preprocessing=Preprocessing(image_size=16), encoder=encoder, quantizer=SignsOptions(dim=6), decoder=decoder
-    )
+def composed(encoder, decoder, **projections):
+    parts = {"encoder": encoder, "quantizer": SignsOptions(dim=6), "decoder": decoder}
+    return ComposedOptions(preprocessing=Preprocessing(image_size=16), **parts, **projections)
 
 
 class TestPixels(TokenizerContract):
@@ -200,6 +199,14 @@ def test_other_latents_are_told():
     sentence = r"^the vit-vqgan decoder takes a latent \(B, 4, 4, 24\), got \(1, 4, 5, 24\)$"
     with pytest.raises(UserError, match=sentence):
         ViTVQGANDecoderOptions(**GRID).build(3)(torch.zeros(1, 4, 5, 24))
+
+
+@pytest.mark.parametrize("projection", ["to_codes", "from_codes"])
+def test_a_sequence_is_not_convolved(projection):
+    encoder, decoder = TiTokEncoderOptions(**TINY, patch=4), TiTokDecoderOptions(**TINY, head=HEAD)
+    sentence = "^to_codes and from_codes: a sequence of latents has no grid to convolve, use linear$"
+    with pytest.raises(UserError, match=sentence):
+        composed(encoder, decoder, **{projection: "convolution"}).build()
 
 
 def test_vit_vqgan_on_a_grid_that_is_not_square():

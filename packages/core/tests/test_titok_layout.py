@@ -5,6 +5,8 @@ from smalti.core.autoencoder import Autoencoder
 from smalti.core.checkpoints.importing import configured, export_checkpoint, import_checkpoint, recognised
 from smalti.core.checkpoints.layouts.titok import TiTokLayout
 from smalti.core.errors import UserError
+from smalti.core.files import write_json
+from smalti.core.weights import save_tensors
 
 
 def half(prefix, width, layers, tokens):
@@ -97,6 +99,15 @@ def test_the_published_configuration_tells_more():
     assert (quantizer["cosine"], quantizer["commitment_weight"]) == (True, 0.5)
     assert layout.overrides({"model": {"vq_model": model | {"quantize_mode": "vae"}}}) == []
     assert layout.overrides({}) == []
+
+
+@pytest.mark.parametrize("config", [[], {"model": "titok"}, {"model": {"vq_model": 3}}])
+def test_a_configuration_of_another_kind(tmp_path, config):
+    save_tensors(tmp_path / "model.safetensors", filled(published()))
+    write_json(tmp_path / "config.json", config)
+    sentence = r"config\.json is not the configuration that belongs to the layout titok$"
+    with pytest.raises(UserError, match=sentence):
+        import_checkpoint(tmp_path)
 
 
 def test_a_training_statistic_is_ignored_and_a_stranger_is_not():

@@ -147,6 +147,13 @@ def test_towers_without_a_token_per_patch(tmp_path):
     )
 
 
+@pytest.mark.parametrize("architecture", [{}, {"model_type": "mosaic"}])
+def test_an_architecture_that_is_none(architecture):
+    sentence = "^architecture: transformers knows no model_type (None|'mosaic'); take over a tower's config.json$"
+    with pytest.raises(UserError, match=sentence):
+        TransformersEncoderOptions(model="x", architecture=architecture).build(3)
+
+
 def test_wrong_images(saved):
     encoder = TransformersEncoderOptions(model=saved("vit")[0]).build(3)
     with pytest.raises(UserError, match=r"^an image of 30x32 cannot be encoded: both sides must be multiples of 8$"):

@@ -206,6 +206,13 @@ def test_adaptive_norm():
     agree(_Bound(layer, latent), twin, agree_on_input)
 
 
+def test_one_position_has_no_deviation():
+    decoder = family("open-magvit2")[1]
+    sentence = "^adaptive normalisation needs a latent of two positions or more: give larger images$"
+    with pytest.raises(UserError, match=sentence):
+        decoder(torch.zeros(2, 1, 1, 6))
+
+
 class _Bound(nn.Module):
     def __init__(self, layer, latent):
         super().__init__()

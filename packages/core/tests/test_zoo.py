@@ -192,6 +192,7 @@ def test_protocols_are_spelt_out():
     ("table", "sentence"),
     [
         ("models: [", "is not readable YAML: "),
+        ("models: [{name: 2020-13-45}]", "is not readable YAML: month must be in 1..12"),
         ("models: 3", "is not a zoo table: models: Input should be a valid list, got 3"),
         ("nothing: []\nmodels: []", "is not a zoo table: nothing: no such option"),
         ("models: [{name: a, system: s, kind: mosaic, layout: l, home: h}]", ", model 'a': kind: Input should be "),

@@ -39,7 +39,7 @@ def uniform(seed: int, samples: Tensor, step: int, lanes: int = 1) -> Tensor:
     """Uniform float64 `(B, lanes)` in [0, 1), with 53 random bits.
 
     Args:
-        seed: of the run.
+        seed: of the run; of one beyond 64 bits the lowest 64 count.
         samples: `(B,)` integers that number the samples within the run.
         step: of the sampler; every draw of one sample needs a step or a lane of its own.
         lanes: how many independent values per sample.
@@ -50,7 +50,7 @@ def uniform(seed: int, samples: Tensor, step: int, lanes: int = 1) -> Tensor:
 def uniform_steps(seed: int, samples: Tensor, steps: range, lanes: int = 1) -> Tensor:
     """What `uniform` gives for each of several steps: float64 `(B, steps, lanes)`."""
     device = samples.device
-    state = _mixed(torch.full_like(samples, seed, dtype=torch.int64) + _GAMMA)
+    state = _mixed(torch.full_like(samples, _signed(seed), dtype=torch.int64) + _GAMMA)
     state = _mixed(state ^ (samples.to(torch.int64) + 1) * _GAMMA)
     step = torch.arange(steps.start + 1, steps.stop + 1, device=device) * _FIRST
     state = _mixed(state[:, None] + step)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smalti.core.files import atomic_write
+from smalti.core.files import atomic_folder, atomic_write
 from smalti.core.layout import TokenLayout
 
 IMAGE_SIZE = 32
@@ -100,7 +100,8 @@ class RandomNetworks:
         path = self.folder / name
         if not path.exists():
             torch.manual_seed(0)
-            Tokenizer.from_config({"kind": "tokenizer", "options": options}).save_pretrained(path)
+            with atomic_folder(path) as new:
+                Tokenizer.from_config({"kind": "tokenizer", "options": options}).save_pretrained(new)
         return str(path)
 
     def text_encoder(self) -> str:
@@ -126,8 +127,9 @@ class RandomNetworks:
                     eos_token_id=len(words) - 1,
                 )
             )
-            tower.save_pretrained(path)
-            CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(path)
+            with atomic_folder(path) as new:
+                tower.save_pretrained(new)
+                CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(new)
         return str(path)
 
     def _file(self, name: str, shapes: Shapes, *, positive: bool = False) -> str:
@@ -137,7 +139,6 @@ class RandomNetworks:
             tensors = {key: _random(key, shape, generator) for key, shape in shapes.items()}
             if positive:
                 tensors = {key: tensor.abs() for key, tensor in tensors.items()}
-            self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as file:
                 torch.save(tensors, file)
         return str(path)

@@ -65,7 +65,7 @@ def shrunk(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Recipe:
     if isinstance(recipe.tokenizer, PublishedTokenizerOptions):
         known = zoo().get(recipe.tokenizer.source)
         content[kind]["source"] = random.published(known.tokens if known else None)
-        content[kind]["preprocessing"]["image_size"] = IMAGE_SIZE
+        content[kind]["preprocessing"] |= {"image_size": IMAGE_SIZE, "channels": 3}
     else:
         _tokenizer(content[kind], random)
         _training(content["train"][kind], content[kind], random)

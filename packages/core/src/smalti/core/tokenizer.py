@@ -23,7 +23,7 @@ class ComposedOptions(TokenizerOptions):
         quantizer: a latent of its own width to tokens and back.
         decoder: a latent to images.
         to_codes: between encoder and quantizer: `linear` at every position, VQGAN's 1 x 1 convolution (Esser et al.
-            2021); `convolution`, 3 x 3 over a grid (VAR, Tian et al. 2024); `none`, where the widths are equal.
+            2021); `convolution`, 3 x 3, of grids only (VAR, Tian et al. 2024); `none`, where the widths are equal.
         from_codes: the same between quantizer and decoder.
     """
 
@@ -68,7 +68,9 @@ class ComposedTokenizer(Tokenizer):
         self.options: ComposedOptions = options.model_copy(update=parts)
         self.to_codes = _projection(options.to_codes, "to_codes", self.encoder.width, self.quantizer.dim)
         self.from_codes = _projection(options.from_codes, "from_codes", self.quantizer.dim, self.decoder.width)
-        self.layout()  # an image size that the encoder cannot take shall be known before any work
+        layout = self.layout()  # an image size that the encoder cannot take shall be known before any work
+        if layout.kind == "sequence" and "convolution" in (options.to_codes, options.from_codes):
+            raise UserError("to_codes and from_codes: a sequence of latents has no grid to convolve, use linear")
 
     def layout(self, image_size: tuple[int, int] | None = None) -> TokenLayout:
         """The layout of an image of `(H, W)`."""

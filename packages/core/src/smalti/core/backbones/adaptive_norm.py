@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from smalti.core.errors import UserError
+
 
 class AdaptiveGroupNorm(nn.Module):
     """`gamma(std) * norm(x) + beta(mean)` with the latent's deviation and mean over its positions (Open-MAGVIT2).
@@ -28,8 +30,14 @@ class AdaptiveGroupNorm(nn.Module):
         self.beta = nn.Linear(latent_width, width)
 
     def forward(self, x: Tensor, latent: Tensor) -> Tensor:
-        """`x` `(B, width, h, w)` and the latent `(B, D, h', w')` to the shape of `x`."""
+        """`x` `(B, width, h, w)` and the latent `(B, D, h', w')` to the shape of `x`.
+
+        Raises:
+            UserError: a latent of one position, which has no deviation.
+        """
         positions = latent.flatten(2)
+        if positions.shape[2] < 2:
+            raise UserError("adaptive normalisation needs a latent of two positions or more: give larger images")
         gamma = self.gamma((positions.var(dim=2) + self.eps).sqrt())
         beta = self.beta(positions.mean(dim=2))
         result: Tensor = self.norm(x) * gamma[..., None, None] + beta[..., None, None]

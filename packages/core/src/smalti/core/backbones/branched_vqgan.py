@@ -13,12 +13,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from smalti.core.backbones.positioned_transformer import PositionedTransformer
-from smalti.core.backbones.vqgan import ConvolutionHead, TrunkOptions, VQGANTrunk
+from smalti.core.backbones.vqgan import ConvolutionHead, Count, TrunkOptions, VQGANTrunk
 from smalti.core.contracts import Encoder
 from smalti.core.errors import UserError
 from smalti.core.options import EncoderOptions
-
-Count = Annotated[int, Field(ge=1)]
 
 
 class BranchedVQGANEncoderOptions(TrunkOptions, EncoderOptions):

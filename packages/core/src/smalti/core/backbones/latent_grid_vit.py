@@ -12,15 +12,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from smalti.core.backbones.patches import from_patches
 from smalti.core.backbones.positions import resampled
-from smalti.core.backbones.pretrained import load_vit, part
-from smalti.core.backbones.token_sequence import initialise_linear, learned
+from smalti.core.backbones.pretrained import fill, load_vit, part
+from smalti.core.backbones.token_sequence import Count, initialise_linear, learned
 from smalti.core.backbones.vit_block import ViTBlock
 from smalti.core.contracts import Decoder, Encoder, check_images, check_latent, grid_of
 from smalti.core.errors import UserError
 from smalti.core.options import DecoderOptions, EncoderOptions, Options
-
-Count = Annotated[int, Field(ge=1)]
 
 
 class _LatentGridOptions(Options):
@@ -133,7 +132,8 @@ class PrefixedTransformer(nn.Module):
         )
         own = {name: tensor for name, tensor in loaded.items() if not name.startswith("patch.")}
         scales = {name for name in self.state_dict() if name.endswith((".scale1", ".scale2"))}
-        _fill(self, {**{name: torch.ones(options.width) for name in scales - own.keys()}, **own}, options.pretrained)
+        unscaled = {name: torch.ones(options.width) for name in scales - own.keys()}
+        fill(self, {**unscaled, **own}, options.pretrained, "latent-grid-vit")
         return loaded
 
     def prefixed(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -175,7 +175,8 @@ class LatentGridEncoder(Encoder):
         self.transformer = PrefixedTransformer(options)
         self.to_code = nn.Linear(options.width, options.code_width) if options.code_width else nn.Identity()
         if options.pretrained is not None:
-            _fill(self.patches, part(self.transformer.start(options), "patch"), options.pretrained)
+            loaded = self.transformer.start(options)
+            fill(self.patches, part(loaded, "patch"), options.pretrained, "latent-grid-vit")
 
     def forward(self, images: Tensor) -> Tensor:
         """Images `(B, C, H, W)` to `(B, h, w, P * code_width)`."""
@@ -226,7 +227,6 @@ class LatentGridDecoder(Decoder):
     def __init__(self, options: LatentGridDecoderOptions, channels: int) -> None:
         super().__init__()
         self.options: LatentGridDecoderOptions = options.model_copy(update={"pretrained": None})
-        self.channels = channels
         self.width = options.width
         self.mask_token = learned(1, 1, options.width)
         if options.positions == "shared":
@@ -251,10 +251,7 @@ class LatentGridDecoder(Decoder):
         else:
             latent = latent + resampled(self.latent_positions, grid)
         filled = self.transformer(torch.cat([prefixed, latent], dim=1))[:, 1 : 1 + rows * columns]
-        side = self.options.patch
-        pixels = self.to_pixels(filled).view(len(latent), rows, columns, side, side, self.channels)
-        images: Tensor = pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.channels, rows * side, columns * side)
-        return images
+        return from_patches(self.to_pixels(filled).unflatten(1, (rows, columns)), self.options.patch)
 
     def _patch_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
         options = self.options
@@ -265,17 +262,3 @@ class LatentGridDecoder(Decoder):
             )
         rows, columns = (side * options.image_size // (options.grid * options.patch) for side in grid)
         return rows, columns
-
-
-def _fill(module: nn.Module, loaded: dict[str, Tensor], source: str) -> None:
-    state = module.state_dict()
-    for name in sorted(state.keys() ^ loaded.keys()):
-        verb = "has" if name in loaded else "lacks"
-        raise UserError(f"{source} cannot start a latent-grid-vit: it {verb} {name}")
-    for name, tensor in loaded.items():
-        if tensor.shape != state[name].shape:
-            raise UserError(
-                f"{source} cannot start a latent-grid-vit: its {name} is {tuple(tensor.shape)}, "
-                f"should be {tuple(state[name].shape)}"
-            )
-    module.load_state_dict(loaded)

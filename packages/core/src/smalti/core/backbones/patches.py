@@ -60,6 +60,13 @@ class PatchEmbedding(nn.Module):
             )
 
 
+def from_patches(patches: Tensor, patch: int) -> Tensor:
+    """Patches `(B, h, w, p p C)` to images `(B, C, H, W)`; a patch lists its rows, their pixels, their channels."""
+    pixels = patches.unflatten(-1, (patch, patch, -1))
+    images: Tensor = pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    return images
+
+
 class PatchPixels(nn.Module):
     """Pixels of every patch by one linear map, then a 3 x 3 convolution over the image that smooths the seams.
 
@@ -72,17 +79,12 @@ class PatchPixels(nn.Module):
 
     def __init__(self, channels: int, width: int, patch: int, image_range: ImageRange) -> None:
         super().__init__()
-        self.channels = channels
         self.patch = patch
         self.image_range: ImageRange = image_range
         self.projection = nn.Linear(width, patch * patch * channels)
         self.smoothing = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, grid: Tensor) -> Tensor:
-        """`(B, h, w, D)` to images `(B, C, H, W)` in [-1, 1]; a patch lists its rows, their pixels, their channels."""
-        batch, height, width, _ = grid.shape
-        patches = self.projection(grid).view(batch, height, width, self.patch, self.patch, self.channels)
-        images = patches.permute(0, 5, 1, 3, 2, 4).reshape(
-            batch, self.channels, height * self.patch, width * self.patch
-        )
+        """`(B, h, w, D)` to images `(B, C, H, W)` in [-1, 1]."""
+        images = from_patches(self.projection(grid), self.patch)
         return from_image_range(self.smoothing(images), self.image_range)

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smalti.core.backbones.positions import resampled
 from smalti.core.checkpoints.file import read_checkpoint
 from smalti.core.checkpoints.rules import Fused, Rename, Rule, to_ours
 from smalti.core.errors import UserError
+from smalti.core.weights import other_shapes
 
 MISSING = "pretrained backbones need further packages: pip install 'smalti-core[pretrained]'"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -100,12 +101,34 @@ def load_vit(source: str, *, width: int, depth: int, patch_size: int, grid: tupl
             f"but {depth} blocks of width {width} shall start from it"
         )
     found["patch.weight"] = _resampled_patch(found["patch.weight"], patch_size)
-    return _placed(found, grid)
+    return _placed(found, grid, source)
 
 
 def part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """The tensors under `name.`, without it: `part(weights, "blocks")`."""
     return {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+
+
+def fill(module: nn.Module, loaded: Mapping[str, Tensor], source: str, kind: str, fresh: Collection[str] = ()) -> None:
+    """Start `module` from the weights of a pretrained source.
+
+    Args:
+        module: part of an encoder or a decoder.
+        loaded: the weights, under its names.
+        source: where they are from, for sentences.
+        kind: the name of the component, for sentences.
+        fresh: entries of the module that no source has.
+
+    Raises:
+        UserError: an entry that is missing, that the module does not have, or of another shape.
+    """
+    state = module.state_dict()
+    misplaced = sorted((state.keys() - set(fresh)) ^ loaded.keys())
+    wrong = [f"it {'has' if name in loaded else 'lacks'} {name}" for name in misplaced]
+    wrong += [f"its {problem}" for problem in other_shapes(loaded, state)]
+    if wrong:
+        raise UserError(f"{source} cannot start a {kind}: {wrong[0]}")
+    module.load_state_dict({**state, **loaded})
 
 
 def image_statistics(source: str) -> tuple[Statistics, Statistics]:
@@ -225,14 +248,16 @@ def _resampled_patch(kernel: Tensor, patch_size: int) -> Tensor:
     return resized
 
 
-def _placed(found: dict[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
+def _placed(found: dict[str, Tensor], grid: tuple[int, int], source: str) -> dict[str, Tensor]:
     """With a position of the class token, none of registers (it is added to them), and the others on the grid."""
     positions, found = found["positions"], dict(found)
     class_tokens = int("class_token" in found)
     registers = found["registers"].shape[1] if "registers" in found else 0
     # Which tokens in front have positions of their own differs; what remains has to be a square.
     prefixes = [n for n in (0, class_tokens, class_tokens + registers) if _is_square(positions.shape[1] - n)]
-    prefix = prefixes[0] if prefixes else class_tokens
+    if not prefixes:
+        raise UserError(f"{source} cannot start ViT blocks: its {positions.shape[1]} positions are of no square grid")
+    prefix = prefixes[0]
     if prefix > class_tokens:
         found["registers"] = found["registers"] + positions[:, class_tokens:prefix]
     front = positions[:, :class_tokens] if prefix else positions.new_zeros(1, 1, positions.shape[2])

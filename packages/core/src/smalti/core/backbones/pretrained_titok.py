@@ -5,15 +5,19 @@ Legend: N latent tokens, D width, h w grid of patches.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from smalti.core.backbones.pretrained import Statistics, image_statistics, load_vit, part
+from smalti.core.backbones.pretrained import Statistics, fill, image_statistics, load_vit, part
 from smalti.core.backbones.titok import TiTokEncoder, TiTokEncoderOptions
+from smalti.core.backbones.token_sequence import Count
 from smalti.core.errors import UserError
+
+# Entries of the encoder that no pretrained transformer has.
+FRESH = ("latents", "sequence.embedding.latent_positions")
 
 
 class PretrainedTiTokOptions(TiTokEncoderOptions):
@@ -34,10 +38,10 @@ class PretrainedTiTokOptions(TiTokEncoderOptions):
     """
 
     name: Literal["pretrained-titok"] = "pretrained-titok"  # type: ignore[assignment]
-    width: Annotated[int, Field(ge=1)] = 768
-    layers: Annotated[int, Field(ge=1)] = 12
-    heads: Annotated[int, Field(ge=1)] = 12
-    tokens: Annotated[int, Field(ge=1)] = 64
+    width: Count = 768
+    layers: Count = 12
+    heads: Count = 12
+    tokens: Count = 64
     norm_pre: bool = False
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
     weights: str
@@ -53,7 +57,8 @@ class PretrainedTiTokOptions(TiTokEncoderOptions):
         encoder = TiTokEncoder(TiTokEncoderOptions(**self.model_dump(exclude=own)), channels)
         loaded = load_vit(self.weights, width=self.width, depth=self.layers, patch_size=self.patch, grid=self.grid)
         loaded = _published(loaded, encoder) if self.start == "published" else self._whole(loaded)
-        _fill(encoder, _named(loaded, encoder.sequence.embedding.class_placed), self.weights)
+        named = _named(loaded, encoder.sequence.embedding.class_placed)
+        fill(encoder, named, self.weights, "titok", FRESH)
         return encoder
 
     def _whole(self, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -115,18 +120,3 @@ def _named(loaded: dict[str, Tensor], class_placed: bool) -> dict[str, Tensor]:
     if "class_token" in loaded:
         named["sequence.embedding.class_token"] = loaded["class_token"].squeeze(0)
     return named
-
-
-def _fill(encoder: TiTokEncoder, named: dict[str, Tensor], source: str) -> None:
-    state: dict[str, Any] = encoder.state_dict()
-    fresh = {"latents", "sequence.embedding.latent_positions"}
-    for name in sorted((state.keys() - fresh) ^ named.keys()):
-        has, lacks = ("the encoder", source) if name in state else (source, "the encoder")
-        raise UserError(f"{source} does not fit this encoder: {has} has {name}, {lacks} has not")
-    for name, tensor in named.items():
-        if state[name].shape != tensor.shape:
-            raise UserError(
-                f"{source} does not fit this encoder: its {name} is {tuple(tensor.shape)}, "
-                f"should be {tuple(state[name].shape)}"
-            )
-    encoder.load_state_dict({**state, **named})

@@ -9,12 +9,12 @@ Legend: B batch, N latent tokens, M text tokens, T width of a text feature, D wi
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from smalti.core.backbones.titok import TiTokDecoder, TiTokDecoderOptions
+from smalti.core.backbones.token_sequence import Count
 from smalti.core.errors import UserError
 
 
@@ -27,8 +27,8 @@ class TextTiTokDecoderOptions(TiTokDecoderOptions):
     """
 
     name: Literal["text-titok"] = "text-titok"  # type: ignore[assignment]
-    text_tokens: Annotated[int, Field(ge=1)] = 77
-    text_width: Annotated[int, Field(ge=1)] = 768
+    text_tokens: Count = 77
+    text_width: Count = 768
 
     def build(self, channels: int) -> TextTiTokDecoder:
         """Build it for images of `channels` channels."""

@@ -5,20 +5,17 @@ Legend: B batch, H W pixels, p patch side, h w = H/p W/p grid, N latent tokens, 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from smalti.core.backbones.pretrained import import_extra, vit_tensors
-from smalti.core.backbones.token_sequence import learned
+from smalti.core.backbones.token_sequence import Count, learned
 from smalti.core.backbones.tuning import TuningOptions, tune
 from smalti.core.contracts import Encoder, check_images, grid_of
 from smalti.core.errors import UserError
 from smalti.core.options import EncoderOptions
-
-Count = Annotated[int, Field(ge=1)]
 
 
 class TimmEncoderOptions(TuningOptions, EncoderOptions):
@@ -97,13 +94,6 @@ class TimmEncoder(Encoder):
         """`(N,)`, or `(h, w)` without latent tokens."""
         grid = grid_of(image_size, self.patch)
         return grid if self.latents is None else (self.latents.shape[1],)
-
-    def train(self, mode: bool = True) -> Self:
-        """As always, but a frozen backbone stays in evaluation mode."""
-        super().train(mode)
-        if self.options.tuning == "frozen":
-            self.backbone.eval()
-        return self
 
 
 def _built(options: TimmEncoderOptions) -> Any:

@@ -9,7 +9,7 @@ import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -93,13 +93,6 @@ class TransformersEncoder(Encoder):
         """`(h, w)`."""
         return grid_of(image_size, self.patch)
 
-    def train(self, mode: bool = True) -> Self:
-        """As always, but a frozen backbone stays in evaluation mode."""
-        super().train(mode)
-        if self.options.tuning == "frozen":
-            self.backbone.eval()
-        return self
-
     def _freeze_unused(self) -> None:
         side = 2 * self.patch
         weights = list(self.backbone.parameters())
@@ -120,8 +113,10 @@ def _built(options: TransformersEncoderOptions) -> Any:
     transformers = import_extra("transformers")
     if options.architecture is not None:
         given = dict(options.architecture)
-        config = transformers.AutoConfig.for_model(given.pop("model_type"), **given)
-        return transformers.AutoModel.from_config(config)
+        kind = given.pop("model_type", None)
+        if kind not in transformers.CONFIG_MAPPING:
+            raise UserError(f"architecture: transformers knows no model_type {kind!r}; take over a tower's config.json")
+        return transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **given))
     try:
         config = transformers.AutoConfig.from_pretrained(options.model)
         config = getattr(config, "vision_config", config)

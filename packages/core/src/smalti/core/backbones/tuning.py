@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -40,7 +41,7 @@ class TuningOptions(Options):
 
 
 def tune(backbone: nn.Module, options: TuningOptions) -> None:
-    """Freeze `backbone`, or give it adapters, in place.
+    """Freeze `backbone`, which then stays in evaluation mode, or give it adapters, in place.
 
     Call it when the backbone is built and has its pretrained weights: optimizer and averaged weights are then made
     of what is trained. Adapters start as no change. They are part of the state dict, under peft's names.
@@ -58,6 +59,14 @@ def tune(backbone: nn.Module, options: TuningOptions) -> None:
     backbone.requires_grad_(False)
     if options.tuning == "lora":
         _add_adapters(backbone, trained, options.lora)
+    else:
+        backbone.eval()
+        backbone.train = partial(_stay, backbone)  # type: ignore[method-assign]
+
+
+def _stay(module: nn.Module, mode: bool = True) -> nn.Module:  # as nn.Module.train has it
+    del mode
+    return module
 
 
 def _add_adapters(backbone: nn.Module, layers: list[str], options: LoRAOptions) -> None:

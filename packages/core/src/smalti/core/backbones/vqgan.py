@@ -22,7 +22,7 @@ from smalti.core.backbones.spatial_attention import SpatialAttention
 from smalti.core.contracts import Decoder, Encoder, check_images, check_latent, grid_of
 from smalti.core.options import DecoderOptions, EncoderOptions, Options
 
-Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1)]
 
 
 class LevelsOptions(Options):
@@ -44,10 +44,10 @@ class LevelsOptions(Options):
             contract's images are in [-1, 1] either way.
     """
 
-    width: Positive = 128
-    multipliers: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 1, 2, 2, 4)
-    blocks: Positive = 2
-    groups: Positive = 32
+    width: Count = 128
+    multipliers: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 1, 2, 2, 4)
+    blocks: Count = 2
+    groups: Count = 32
     attention_levels: tuple[int, ...] = (-1,)
     attention_eps: Annotated[float, Field(gt=0)] = 1e-6
     middle_blocks: Annotated[int, Field(ge=0)] = 2
@@ -103,7 +103,7 @@ class VQGANEncoderOptions(TrunkOptions, EncoderOptions):
     """
 
     name: Literal["vqgan"] = "vqgan"
-    latent_width: Positive = 256
+    latent_width: Count = 256
     last_kernel: Literal[1, 3] = 3
 
     def build(self, channels: int) -> VQGANEncoder:
@@ -121,8 +121,8 @@ class VQGANDecoderOptions(LevelsOptions, DecoderOptions):
     """
 
     name: Literal["vqgan"] = "vqgan"
-    blocks: Positive = 3
-    latent_width: Positive = 256
+    blocks: Count = 3
+    latent_width: Count = 256
     upsampling: Upsampling = "nearest"
     adaptive: bool = False
 
@@ -196,19 +196,14 @@ class VQGANDecoder(Decoder):
         super().__init__()
         self.options: VQGANDecoderOptions = options.counted()
         self.width = options.latent_width
-        coarse, fine = options.widths[-1], options.widths[0]
+        widths = options.widths[::-1]
+        coarse, fine = widths[0], widths[-1]
         self.conv_in = nn.Conv2d(self.width, coarse, 3, padding=1)
         self.middle = _middle(options)
-        inputs = (coarse, *reversed(options.widths))
-        levels = list(reversed(range(len(options.widths))))
+        inputs = (coarse, *widths)
         self.levels = nn.ModuleList(
-            _Level(
-                options,
-                inputs[place],
-                level,
-                Upsample(inputs[place + 1], options.upsampling) if level else nn.Identity(),
-            )
-            for place, level in enumerate(levels)
+            _Level(options, before, level, Upsample(width, options.upsampling) if level else nn.Identity())
+            for level, (before, width) in zip(reversed(range(len(widths))), pairwise(inputs), strict=True)
         )
         self.adaptive = nn.ModuleList(
             AdaptiveGroupNorm(width, self.width, groups=options.groups)

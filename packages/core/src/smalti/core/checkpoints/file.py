@@ -51,9 +51,8 @@ def read_checkpoint(path: str | Path, *, ema: bool = True) -> dict[str, Tensor]:
     if not tensors:
         raise UserError(f"{path} holds no state dict; expected tensors by name, or a dictionary with one under "
                         f"{', '.join((*AVERAGED, *CONTAINERS))}")  # fmt: skip
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in tensors)), None):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from smalti.core.checkpoints.file import read_checkpoint
@@ -14,6 +15,7 @@ from smalti.core.checkpoints.layout import CheckpointLayout, Shapes
 from smalti.core.checkpoints.rules import to_ours, to_published
 from smalti.core.errors import UserError, few
 from smalti.core.files import atomic_write, read_json
+from smalti.core.options import sentences
 from smalti.core.overrides import apply_override, differences
 from smalti.core.plugins import registry
 from smalti.core.weights import CONFIG, Pretrained, other_shapes, save_tensors
@@ -99,12 +101,13 @@ def import_recognised(
 ) -> Imported:
     """As `import_checkpoint`, telling the layout as well."""
     if isinstance(source, str | Path):
-        where, tensors, published = str(source), read_checkpoint(source, ema=ema), _published_config(Path(source))
+        where, tensors = str(source), read_checkpoint(source, ema=ema)
     else:
-        where, tensors, published = "the state dict", dict(source), {}
+        where, tensors = "the state dict", dict(source)
     chosen = recognised(_shapes(tensors), where) if layout is None else _layout(layout)
     selected = chosen.select(tensors, ema=ema)
-    config = configured(chosen, _shapes(selected), [*chosen.overrides(published), *overrides])
+    published = _published_overrides(chosen, Path(source)) if isinstance(source, str | Path) else []
+    config = configured(chosen, _shapes(selected), [*published, *overrides])
     module = _built(config, chosen.name, where)
     found = translated(chosen, config, selected, module.state_dict(), where)
     module.load_state_dict(found)
@@ -122,11 +125,14 @@ def _built(config: Mapping[str, Any], layout: str, where: str) -> nn.Module:
     return module
 
 
-def _published_config(source: Path) -> Mapping[str, Any]:
-    """The publisher's own `config.json` in a folder, where there is one."""
+def _published_overrides(layout: CheckpointLayout, source: Path) -> list[str]:
+    """What the publisher's own `config.json` in a folder tells, where there is one."""
     path = source / CONFIG
     content = read_json(path, "the publisher's configuration") if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
+    try:
+        return layout.overrides(content)
+    except (AttributeError, *MISSHAPEN):
+        raise UserError(f"{path} is not the configuration that belongs to the layout {layout.name}") from None
 
 
 def configured(layout: CheckpointLayout, shapes: Shapes, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -194,14 +200,14 @@ def export_checkpoint(module: nn.Module | Pretrained, layout: str) -> dict[str, 
     config = module.config()
     try:
         rules = chosen.rules(config)
-    except KeyError as error:
-        lacking = f"its options have no {error.args[0]}"
-        raise UserError(f"this {module.kind} cannot be written in the layout {layout}: {lacking}") from None
+    except (KeyError, TypeError) as error:
+        detail = f"its options have no {error.args[0]}" if isinstance(error, KeyError) else "it is made of other parts"
+        raise UserError(f"this {module.kind} cannot be written in the layout {layout}: {detail}") from None
     published, unknown = to_published(rules, module.state_dict())
     shapes = _shapes(published)
     detail = (
         f"it has no place for {few(unknown, MOST)}" if unknown
-        else "its names and shapes are others" if not chosen.recognises(shapes)
+        else "its names and shapes are others" if not _recognises(chosen, shapes)
         else _lost(chosen, shapes, config["options"])
     )  # fmt: skip
     if detail:
@@ -210,10 +216,15 @@ def export_checkpoint(module: nn.Module | Pretrained, layout: str) -> dict[str, 
 
 
 def _lost(layout: CheckpointLayout, shapes: Shapes, options: Mapping[str, Any]) -> str:
-    """Which options of the networks an import of `shapes` would take otherwise, as a sentence; empty where none."""
-    config = configured(layout, shapes)
-    chosen = registry().options(config["kind"], config["options"]["name"])
-    taken = chosen.model_validate(config["options"]).model_dump(mode="json")
+    """What an import of `shapes` would stumble over, or take otherwise in the networks; empty where nothing."""
+    try:
+        config = configured(layout, shapes)
+        chosen = registry().options(config["kind"], config["options"]["name"])
+        taken = chosen.model_validate(config["options"]).model_dump(mode="json")
+    except ValidationError as error:
+        return f"an import would be refused, {sentences(error)}"
+    except UserError as error:
+        return str(error)
     for part in NETWORKS:
         if isinstance(taken.get(part), dict):
             for line in differences(options.get(part), taken[part], part):

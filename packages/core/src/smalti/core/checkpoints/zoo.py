@@ -19,10 +19,10 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
-import yaml
 from pydantic import Field, ValidationError
 
 from smalti.core.errors import UserError
+from smalti.core.files import parse_yaml
 from smalti.core.layout import TokenLayout
 from smalti.core.options import Options, sentences
 from smalti.core.plugins import registry
@@ -154,11 +154,12 @@ def read_table(path: Path) -> list[ZooModel]:
     Raises:
         UserError: unreadable YAML, or an entry that is not one; says which.
     """
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml, where it is there, is ten times as fast
     try:
-        table = _Table.model_validate(yaml.load(path.read_text(), loader))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+        content = parse_yaml(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not readable YAML: {error}") from None
+    try:
+        table = _Table.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{path} is not a zoo table: {sentences(error)}") from None
     return [_model(path, table, model) for model in table.models]

@@ -7,6 +7,7 @@ from typing import Any
 
 from smalti.core.checkpoints.layout import CheckpointLayout, Shapes, count
 from smalti.core.checkpoints.layouts.vqgan_rules import (
+    LEGACY_WEIGHTS,
     decoder_ends_rules,
     encoder_ends_rules,
     levels_config,
@@ -40,15 +41,13 @@ class MaskGITVQGANLayout(CheckpointLayout):
             "downsampling": "average",
             "last_kernel": 1,
         }
-        # The original's smaller weight is that of the codes.
-        weights = {"commitment_weight": 1.0, "codebook_weight": 0.25}
         return {
             "kind": "tokenizer",
             "options": {
                 "name": "composed",
                 "preprocessing": preprocessing(shapes, 256),
                 "encoder": encoder,
-                "quantizer": {"name": "vq", "dim": dim, "codebook_size": size, **weights},
+                "quantizer": {"name": "vq", "dim": dim, "codebook_size": size, **LEGACY_WEIGHTS},
                 "decoder": decoder_config(shapes),
                 "to_codes": "none",
                 "from_codes": "none",

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
-from smalti.core.checkpoints.layout import CheckpointLayout, Shapes, count
+from smalti.core.checkpoints.layout import Shapes, count
 from smalti.core.checkpoints.layouts.vqgan_rules import (
-    TRAINING,
-    averaged_weights,
+    AveragedLayout,
     decoder_ends_rules,
     encoder_ends_rules,
     levels_config,
@@ -20,14 +17,13 @@ from smalti.core.checkpoints.layouts.vqgan_rules import (
 from smalti.core.checkpoints.rules import Rename, Rule
 
 
-class OpenMAGVIT2Layout(CheckpointLayout):
+class OpenMAGVIT2Layout(AveragedLayout):
     """VQGAN without attention and without biases in its blocks, adaptive normalisation in the decoder, lookup-free.
 
     Its published figures were measured with the averaged weights.
     """
 
     name = "open-magvit2"
-    ignored = TRAINING
 
     def recognises(self, shapes: Shapes) -> bool:
         """The adaptive normalisation beside images of two axes."""
@@ -53,10 +49,6 @@ class OpenMAGVIT2Layout(CheckpointLayout):
     def rules(self, config: Mapping[str, Any]) -> Sequence[Rule]:
         """Those of the networks; the quantizer has no weights."""
         return network_rules(config["options"])
-
-    def select(self, tensors: Mapping[str, Tensor], *, ema: bool) -> Mapping[str, Tensor]:
-        """Averaged weights where there are any."""
-        return averaged_weights(tensors) if ema else tensors
 
 
 def networks_config(shapes: Shapes, prefix: str = "") -> dict[str, Any]:

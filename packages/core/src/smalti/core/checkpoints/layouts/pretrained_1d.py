@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from smalti.core.checkpoints.layout import CheckpointLayout, Shapes, count
-from smalti.core.checkpoints.layouts.vqgan_rules import attention_rules, levels_config, residual_rules
+from smalti.core.checkpoints.layouts.taming import side_rules
+from smalti.core.checkpoints.layouts.vqgan_rules import LEGACY_WEIGHTS, decoder_ends_rules, levels_config
 from smalti.core.checkpoints.rules import Rename, Rule
 
 HEAD_WIDTH = 64
@@ -79,15 +80,7 @@ class _OneDimensional(CheckpointLayout):
                 "name": "composed",
                 "preprocessing": {"image_size": encoder["grid"][0] * encoder["patch"]},
                 "encoder": encoder,
-                # The original is of the "legacy" kind, which weighs commitment by 1 and the codes by 0.25.
-                "quantizer": {
-                    "name": "vq",
-                    "dim": dim,
-                    "codebook_size": size,
-                    "cosine": True,
-                    "commitment_weight": 1.0,
-                    "codebook_weight": 0.25,
-                },
+                "quantizer": {"name": "vq", "dim": dim, "codebook_size": size, "cosine": True, **LEGACY_WEIGHTS},
                 "decoder": _decoder(shapes),
                 "to_codes": "linear",
                 "from_codes": "linear",
@@ -96,23 +89,15 @@ class _OneDimensional(CheckpointLayout):
 
     def rules(self, config: Mapping[str, Any]) -> Sequence[Rule]:
         """The decoder's and the quantizer's; levels count from fine to coarse in the file, from coarse here."""
-        levels = {"level": len(config["options"]["decoder"]["multipliers"])}
-        level, ours = "decoder.up.{level}", "decoder.cnn.levels.{level}"
+        reverse = {"level": len(config["options"]["decoder"]["multipliers"])}
         return [
             Rename("decoder.decoder_embed.*", "from_codes.*"),
             Rename("decoder.class_embedding", "decoder.embedding.class_token"),
             Rename("decoder.positional_embedding", "decoder.embedding.grid_positions"),
             Rename("decoder.latent_token_positional_embedding", "decoder.embedding.latent_positions"),
             Rename("decoder.mask_token", "decoder.mask", squeeze=1),
-            Rename("decoder.conv_in.*", "decoder.cnn.conv_in.*"),
-            *residual_rules("decoder.mid.block_1", "decoder.cnn.middle.0"),
-            *attention_rules("decoder.mid.attn_1", "decoder.cnn.middle.1"),
-            *residual_rules("decoder.mid.block_2", "decoder.cnn.middle.2"),
-            *residual_rules(f"{level}.block.{{index}}", f"{ours}.blocks.{{index}}", levels),
-            *attention_rules(f"{level}.attn.{{index}}", f"{ours}.attentions.{{index}}", levels),
-            Rename(f"{level}.upsample.*", f"{ours}.resampling.*", levels),
-            Rename("decoder.norm_out.*", "decoder.cnn.head.norm.*"),
-            Rename("decoder.conv_out.*", "decoder.cnn.head.conv.*"),
+            *side_rules("decoder", "decoder.cnn", "up", reverse),
+            *decoder_ends_rules(ours="decoder.cnn"),
             Rename("quantize.embedding.weight", "quantizer.codebook"),
         ]
 
@@ -132,17 +117,9 @@ class PretrainedStart(_OneDimensional):
         tokens = shapes["encoder.prompt_tokens"][1]
         side = math.isqrt(shapes["encoder.pos_embed"][1] - 1 - tokens)
         return {
-            "name": "titok",
-            **_transformer(
-                shapes,
-                patch="encoder.patch_embed.proj.weight",
-                blocks="encoder.blocks.{}.",
-                hidden="encoder.blocks.0.mlp.fc1.weight",
-            ),
-            "grid": (side, side),
+            **_encoder(shapes, "encoder.patch_embed.proj.weight", "encoder.blocks", "mlp.fc1.weight", side),
             "tokens": tokens,
             "class_token": "placed",
-            "norm_pre": False,
             "norm_eps": 1e-6,
         }
 
@@ -176,20 +153,13 @@ class PlainStart(_OneDimensional):
     def encoder(self, shapes: Shapes) -> dict[str, Any]:
         """The class token has no position, latent tokens have their own."""
         side = math.isqrt(shapes["encoder.en_pos_embedding"][1])
+        layers = "encoder.transformer.layers"
         return {
-            "name": "titok",
-            **_transformer(
-                shapes,
-                patch="encoder.to_patch_embedding.0.weight",
-                blocks="encoder.transformer.layers.{}.",
-                hidden="encoder.transformer.layers.0.1.fn.net.0.weight",
-            ),
-            "grid": (side, side),
+            **_encoder(shapes, "encoder.to_patch_embedding.0.weight", layers, "1.fn.net.0.weight", side),
             "tokens": shapes["encoder.latent_tokens"][0],
             "class_token": "unplaced",
-            "norm_pre": False,
             "norm_eps": 1e-5,
-            "qkv_bias": "encoder.transformer.layers.0.0.fn.to_qkv.bias" in shapes,
+            "qkv_bias": f"{layers}.0.0.fn.to_qkv.bias" in shapes,
             "activation": "tanh",
             "reread": True,
         }
@@ -219,14 +189,26 @@ class PlainStart(_OneDimensional):
         ]
 
 
-def _transformer(shapes: Shapes, *, patch: str, blocks: str, hidden: str) -> dict[str, Any]:
+def _encoder(shapes: Shapes, patch: str, blocks: str, hidden: str, side: int) -> dict[str, Any]:
+    """What both encoders read off their entries.
+
+    Args:
+        shapes: of the published state dict.
+        patch: the kernel of the patches.
+        blocks: what the names of the blocks begin with.
+        hidden: the first layer of a block's perceptron, within the block.
+        side: of the grid.
+    """
     width = shapes[patch][0]
     return {
+        "name": "titok",
         "width": width,
-        "layers": count(shapes, blocks),
+        "layers": count(shapes, f"{blocks}.{{}}."),
         "heads": width // HEAD_WIDTH,
-        "mlp_width": shapes[hidden][0],
+        "mlp_width": shapes[f"{blocks}.0.{hidden}"][0],
         "patch": shapes[patch][-1],
+        "grid": (side, side),
+        "norm_pre": False,
     }
 
 

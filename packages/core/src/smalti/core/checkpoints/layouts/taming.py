@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from smalti.core.checkpoints.layout import CheckpointLayout, Shapes, count
 from smalti.core.checkpoints.layouts.vqgan_rules import (
-    TRAINING,
+    LEGACY_WEIGHTS,
+    AveragedLayout,
     Statistics,
     attention_rules,
-    averaged_weights,
     decoder_ends_rules,
     encoder_ends_rules,
     has_averaged_weights,
     levels_config,
+    phi_convolutions,
+    phi_rules,
     preprocessing,
     projection,
     projection_rules,
@@ -28,7 +28,7 @@ VAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 """VAR's grids for images of 256 pixels."""
 
 
-class TamingLayout(CheckpointLayout):
+class TamingLayout(AveragedLayout):
     """VQGAN of taming-transformers: the nearest code by distance.
 
     IBQ's files have the same names, but another search. They hold averaged weights; without these, names and shapes
@@ -36,7 +36,6 @@ class TamingLayout(CheckpointLayout):
     """
 
     name = "taming-vqgan"
-    ignored = TRAINING
 
     def recognises(self, shapes: Shapes) -> bool:
         """Separate projections of attention, one codebook, no averaged weights."""
@@ -45,27 +44,20 @@ class TamingLayout(CheckpointLayout):
     def config(self, shapes: Shapes) -> dict[str, Any]:
         """Sizes; images of 256 pixels."""
         size, dim = shapes["quantize.embedding.weight"]
-        # In the published models ("legacy") the smaller weight is that of the codes.
-        weights = {"commitment_weight": 1.0, "codebook_weight": 0.25}
-        return _config(shapes, {"name": "vq", "dim": dim, "codebook_size": size, **weights})
+        return _config(shapes, {"name": "vq", "dim": dim, "codebook_size": size, **LEGACY_WEIGHTS})
 
     def rules(self, config: Mapping[str, Any]) -> Sequence[Rule]:
         """The network and the codebook."""
         return [*_network_rules(config["options"]), Rename("quantize.embedding.weight", "quantizer.codebook")]
 
-    def select(self, tensors: Mapping[str, Tensor], *, ema: bool) -> Mapping[str, Tensor]:
-        """Averaged weights where there are any."""
-        return averaged_weights(tensors) if ema else tensors
 
-
-class IBQLayout(CheckpointLayout):
+class IBQLayout(TamingLayout):
     """IBQ of SEED-Voken (Shi et al. 2024): taming's network, tokens by the largest inner product.
 
     Its published figures were measured with the averaged weights.
     """
 
     name = "ibq"
-    ignored = TRAINING
 
     def recognises(self, shapes: Shapes) -> bool:
         """Taming's names."""
@@ -75,14 +67,6 @@ class IBQLayout(CheckpointLayout):
         """Sizes; images of 256 pixels."""
         size, dim = shapes["quantize.embedding.weight"]
         return _config(shapes, {"name": "ibq", "dim": dim, "codebook_size": size})
-
-    def rules(self, config: Mapping[str, Any]) -> Sequence[Rule]:
-        """The network and the codebook."""
-        return [*_network_rules(config["options"]), Rename("quantize.embedding.weight", "quantizer.codebook")]
-
-    def select(self, tensors: Mapping[str, Tensor], *, ema: bool) -> Mapping[str, Tensor]:
-        """Averaged weights where there are any."""
-        return averaged_weights(tensors) if ema else tensors
 
 
 class VARLayout(CheckpointLayout):
@@ -98,13 +82,11 @@ class VARLayout(CheckpointLayout):
     def config(self, shapes: Shapes) -> dict[str, Any]:
         """Sizes; images and scales of 256 pixels, phi with a ratio of 0.5."""
         size, dim = shapes["quantize.embedding.weight"]
-        published = "quantize.quant_resi"
-        phi = count(shapes, f"{published}.qresi_ls.{{}}.") or count(shapes, f"{published}.{{}}.")
         quantizer = {
             "name": "multi-scale",
             "quantizer": {"name": "vq", "dim": dim, "codebook_size": size},
             "scales": list(VAR_SCALES),
-            "phi": phi or int(f"{published}.qresi.weight" in shapes),
+            "phi": phi_convolutions(shapes, "quantize"),
         }
         return _config(shapes, quantizer)
 
@@ -116,21 +98,9 @@ class VARLayout(CheckpointLayout):
         return [
             *_network_rules(options, fused=True),
             Rename("quantize.embedding.weight", "quantizer.units.0.codebook"),
-            *_phi_rules(quantizer["phi"], scales),
+            *phi_rules(quantizer["phi"], scales, "quantize", "quantizer"),
             Statistics("quantize.ema_vocab_hit_SV", (scales, size)),
         ]
-
-
-def _phi_rules(convolutions: int, scales: int) -> list[Rule]:
-    """One convolution for all scales, one for each, or a list that they share; the first that fits is written."""
-    published, ours = "quantize.quant_resi", "quantizer.phi.{}.convolution.*"
-    single = [Rename(f"{published}.qresi.*", ours.format(0))] if convolutions == 1 else []
-    each = [Rename(f"{published}.{index}.*", ours.format(index)) for index in range(scales)]
-    return [
-        *single,
-        *(each if convolutions == scales else []),
-        Rename(f"{published}.qresi_ls.{{index}}.*", ours.format("{index}")),
-    ]
 
 
 def _is_taming(shapes: Shapes) -> bool:
@@ -164,15 +134,26 @@ def _network_rules(options: Mapping[str, Any], *, fused: bool = False) -> list[R
     """Everything but the quantizer; levels count from fine to coarse on both sides."""
     reverse = {"level": len(options["decoder"]["multipliers"])}
     return [
-        *_side_rules("encoder", "encoder.trunk", "down", {}, fused=fused),
-        *_side_rules("decoder", "decoder", "up", reverse, fused=fused),
+        *side_rules("encoder", "encoder.trunk", "down", {}, fused=fused),
+        *side_rules("decoder", "decoder", "up", reverse, fused=fused),
         *encoder_ends_rules(),
         *decoder_ends_rules(),
         *projection_rules(options, "quant_conv", "post_quant_conv"),
     ]
 
 
-def _side_rules(published: str, network: str, part: str, reverse: Mapping[str, int], *, fused: bool) -> list[Rule]:
+def side_rules(
+    published: str, network: str, part: str, reverse: Mapping[str, int], *, fused: bool = False
+) -> list[Rule]:
+    """Levels and middle of one network, without its ends.
+
+    Args:
+        published: its published name.
+        network: ours.
+        part: `down` or `up`, as its levels are called.
+        reverse: as for `Rename`.
+        fused: as for `attention_rules`.
+    """
     level, ours = f"{published}.{part}.{{level}}", f"{network}.levels.{{level}}"
     return [
         *residual_rules(f"{level}.block.{{index}}", f"{ours}.blocks.{{index}}", reverse),

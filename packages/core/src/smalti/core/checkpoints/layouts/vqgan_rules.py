@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smalti.core.checkpoints.layout import Shapes, count
+from smalti.core.checkpoints.layout import CheckpointLayout, Shapes, count
 from smalti.core.checkpoints.rules import Fused, Rename, Rule
 
 TRAINING = ("loss.*", "model_ema.*")
 """Losses with their networks, and averaged weights, in files of Lightning."""
+
+LEGACY_WEIGHTS = {"commitment_weight": 1.0, "codebook_weight": 0.25}
+"""Of the losses of codes as taming-transformers began with them ("legacy"): the smaller weight is that of the codes."""
 
 _RESIDUAL_LAYERS = ("norm1", "conv1", "norm2", "conv2")
 
@@ -39,6 +42,16 @@ class Statistics(Rule):
     def to_published(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Zeros."""
         return {self.name: torch.zeros(self.shape)}
+
+
+class AveragedLayout(CheckpointLayout):
+    """A layout of files of Lightning, which may hold averages beside the weights themselves (SEED-Voken)."""
+
+    ignored = TRAINING
+
+    def select(self, tensors: Mapping[str, Tensor], *, ema: bool) -> Mapping[str, Tensor]:
+        """Averaged weights where there are any."""
+        return averaged_weights(tensors) if ema else tensors
 
 
 def residual_rules(published: str, ours: str, reverse: Mapping[str, int] | None = None) -> list[Rule]:
@@ -88,6 +101,25 @@ def projection_rules(options: Mapping[str, Any], to_codes: str, from_codes: str)
     return [
         Rename(f"{to_codes}.*", "to_codes.*", pointwise=options["to_codes"] == "linear"),
         Rename(f"{from_codes}.*", "from_codes.*", pointwise=options["from_codes"] == "linear"),
+    ]
+
+
+def phi_convolutions(shapes: Shapes, published: str) -> int:
+    """How many phi convolutions a quantizer has: some that scales share, one for all, one for each, or none."""
+    phi = f"{published}.quant_resi"
+    single = int(f"{phi}.qresi.weight" in shapes)
+    return count(shapes, f"{phi}.qresi_ls.{{}}.") or single or count(shapes, f"{phi}.{{}}.")
+
+
+def phi_rules(convolutions: int, scales: int, published: str, ours: str) -> list[Rule]:
+    """One convolution for all scales, one for each, or a list that they share; the first that fits is written."""
+    phi = f"{published}.quant_resi"
+    single = [Rename(f"{phi}.qresi.*", f"{ours}.phi.0.convolution.*")] if convolutions == 1 else []
+    each = [Rename(f"{phi}.{index}.*", f"{ours}.phi.{index}.convolution.*") for index in range(scales)]
+    return [
+        *single,
+        *(each if convolutions == scales else []),
+        Rename(f"{phi}.qresi_ls.{{phi}}.*", f"{ours}.phi.{{phi}}.convolution.*"),
     ]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from smalti.core.checkpoints.layout import Shapes, count
+from smalti.core.checkpoints.layouts.vqgan_rules import phi_convolutions, phi_rules
 from smalti.core.checkpoints.rules import Rename, Rule
 
 # Scales cannot be seen in shapes, only how many there are, and the side of the latent: the published lists.
@@ -52,7 +53,7 @@ def _unit(shapes: Shapes, prefix: str, width: int, side: int) -> dict[str, Any]:
     config: dict[str, Any] = {
         "name": "multi-scale",
         "quantizer": _bits(width) if bits else _codes(width, hits[-1]),
-        "phi": _phi(shapes, f"{prefix}.quant_resi"),
+        "phi": phi_convolutions(shapes, prefix),
         "normalise": bits,
         "commitment_weight": 0.25 if bits else 0.25 * scales,
     }
@@ -69,13 +70,6 @@ def _bits(width: int) -> dict[str, Any]:
     return {"name": "bsq", "bits": [width], "commitment_weight": 0.0, "entropy_weight": 0.1, "entropy_group": 1}
 
 
-def _phi(shapes: Shapes, prefix: str) -> int:
-    """The number of phi convolutions: some that scales share, one for all, one for each, or none."""
-    shared = count(shapes, f"{prefix}.qresi_ls.{{}}.")
-    single = int(f"{prefix}.qresi.weight" in shapes)
-    return shared or single or count(shapes, f"{prefix}.{{}}.")
-
-
 def quantizer_rules(quantizer: Mapping[str, Any]) -> list[Rule]:
     """How the entries translate for options that `quantizer_config` gave."""
     if quantizer["name"] == "product":
@@ -86,10 +80,7 @@ def quantizer_rules(quantizer: Mapping[str, Any]) -> list[Rule]:
 def _rules(unit: Mapping[str, Any], published: str, ours: str) -> list[Rule]:
     if unit["name"] == "vq":
         return [Rename(f"{published}.embedding.weight", f"{ours}.codebook")]
-    phi = f"{ours}.phi.{{phi}}.convolution.*"
     return [
         Rename(f"{published}.embedding.weight", f"{ours}.units.0.codebook"),
-        Rename(f"{published}.quant_resi.qresi_ls.{{phi}}.*", phi),
-        Rename(f"{published}.quant_resi.qresi.*", f"{ours}.phi.0.convolution.*"),
-        Rename(f"{published}.quant_resi.{{phi}}.*", phi),
+        *phi_rules(unit["phi"], len(unit["scales"]), published, ours),
     ]
