@@ -29,7 +29,8 @@ class Room(NamedTuple):
 ROOMS = {
     "command line": Room(
         40, 60, 500, 56, "cli.py, one module for each group of commands",
-        "cli plugin_commands compare_command data_commands evaluate_command model_commands probe_command",
+        "cli command_arguments plugin_commands compare_command data_commands evaluate_command model_commands "
+        "probe_command",
     ),
     "pipeline": Room(
         130, 150, 320, 56, "recipes, run folders, stages, sampling",

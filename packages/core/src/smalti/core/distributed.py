@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from smalti.core.errors import UserError
+
 T = TypeVar("T")
 
 
-def initialise(device: str) -> None:
-    """Join the process group that `torchrun` describes in the environment, if any (gloo on the CPU)."""
+@contextmanager
+def joined(device: str) -> Iterator[str]:
+    """Join the group of the processes that `torchrun` started, if it did (gloo on the CPU), and leave it at the end.
+
+    Yields:
+        The device of this process, see `device_name`.
+    """
+    name = device_name(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-
-
-def finish() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+    try:
+        yield name
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -65,9 +74,19 @@ def gather_objects(item: T) -> list[T]:
 
 
 def device_name(requested: str) -> str:
-    """`auto` becomes this process's CUDA device, or the CPU; anything else stays."""
-    if requested != "auto":
-        return requested
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return "cpu"
+    """The device of this process: `auto` is CUDA where there is some, else the CPU; `cuda` that of its local rank.
+
+    Raises:
+        UserError: PyTorch knows no such device, or has none here.
+    """
+    name = requested
+    if requested == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the second where PyTorch was built without it
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"device {requested!r} cannot be used ({reason}): give cpu, cuda or auto") from None
+    return name

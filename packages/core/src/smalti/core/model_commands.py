@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from smalti.core.command_arguments import Device
 from smalti.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ Changes = Annotated[
     typer.Option("--set", metavar="PATH=VALUE", help="An option that the file cannot tell, by dotted path."),
 ]
 Averaged = Annotated[bool, typer.Option("--ema/--no-ema", help="Averaged weights, where the file holds both.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 
 
 def add_model_commands(app: typer.Typer) -> None:

@@ -1,0 +1,40 @@
+"""The device of a process, and a device that is not there."""
+
+import pytest
+
+from smalti.core import distributed
+from smalti.core.errors import UserError
+
+
+def test_cuda_is_that_of_the_local_rank(monkeypatch):
+    asked = []
+    monkeypatch.setattr(distributed.torch, "empty", lambda _, device: asked.append(device))
+    monkeypatch.setattr(distributed.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [distributed.device_name(name) for name in ("cuda", "auto", "cuda:1", "cpu")] == asked
+    assert asked == ["cuda:3", "cuda:3", "cuda:1", "cpu"]
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x", ""])
+def test_a_device_that_is_not_there(name):
+    with pytest.raises(UserError) as caught:
+        distributed.device_name(name)
+    assert str(caught.value).startswith(f"device {name!r} cannot be used (")
+    assert str(caught.value).endswith("): give cpu, cuda or auto")
+
+
+def test_processes_are_left_again(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    began = []
+    monkeypatch.setattr(distributed.dist, "init_process_group", began.append)
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: bool(began))
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", began.clear)
+
+    def work():
+        with distributed.joined("cpu") as device:
+            assert (device, began) == ("cpu", ["gloo"])
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        work()
+    assert began == []
