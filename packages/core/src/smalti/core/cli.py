@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smalti.core.class_names import read_classes
 from smalti.core.command_arguments import Device, Force, Overrides, interruptible, with_seed
 from smalti.core.compare_command import run_compare
 from smalti.core.data_commands import add_data_commands
@@ -108,7 +107,7 @@ _add_command(evaluate, RECIPE, "Measure reconstructions and samples of a run, an
 @app.command()
 def sample(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE]", help="As for `run`; none with --generator and --tokenizer.")
+        str | None, typer.Argument(metavar="RECIPE", help="As for `run`; none with --generator and --tokenizer.")
     ] = None,
     overrides: Overrides = None,
     out: Out = None,
@@ -164,6 +163,8 @@ def sample(
         raise UserError("sample: give a recipe or a run folder, or --generator and --tokenizer")
     changes = [*(overrides or [])]
     if classes:
+        from smalti.core.class_names import read_classes
+
         changes.append(f"sample.classes={json.dumps(read_classes(classes), ensure_ascii=False)}")
     then = _trace if trace else None
     _run_stages(recipe, changes, out, device, seed, force=force, shrink=shrink, stage="sample", then=then)

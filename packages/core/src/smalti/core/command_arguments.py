@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[PATH=VALUE]...", help="Options of the recipe, by dotted path.")
+    list[str] | None, typer.Argument(metavar="PATH=VALUE", help="Options of the recipe, by dotted path.")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Force = Annotated[bool, typer.Option("--force", help="Redo what depends on a changed recipe.")]

@@ -19,7 +19,7 @@ def run_compare(
         str, typer.Argument(metavar="TABLE", help="A YAML file with `variants`, or the name of one that is installed.")
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[PATH=VALUE]...", help="Options of all variants, by dotted path.")
+        list[str] | None, typer.Argument(metavar="PATH=VALUE", help="Options of all variants, by dotted path.")
     ] = None,
     *,
     only: Annotated[

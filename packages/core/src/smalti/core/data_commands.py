@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from smalti.core.options import DatasetOptions
 
 Settings = Annotated[
-    list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...", help="Options of the data set, e.g. path=photos.")
+    list[str] | None, typer.Argument(metavar="OPTION=VALUE", help="Options of the data set, e.g. path=photos.")
 ]
 Workers = Annotated[int, typer.Option(min=0, help="Threads.")]
 

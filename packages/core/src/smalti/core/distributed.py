@@ -77,7 +77,7 @@ def device_name(requested: str) -> str:
     """The device of this process: `auto` is CUDA where there is some, else the CPU; `cuda` that of its local rank.
 
     Raises:
-        UserError: PyTorch knows no such device, or has none here.
+        UserError: there is no such device, or none that can be used here.
     """
     name = requested
     if requested == "auto":
@@ -85,7 +85,11 @@ def device_name(requested: str) -> str:
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
-        torch.empty(0, device=name)
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"there is no device {requested!r}: give cpu, cuda or auto") from None
+    try:
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the second where PyTorch was built without it
         reason = str(error).partition("\n")[0]
         raise UserError(f"device {requested!r} cannot be used ({reason}): give cpu, cuda or auto") from None

@@ -190,9 +190,7 @@ def export_model(
 
 
 def reconstruct(
-    inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT...", help="Image files, folders of them, or tar shards.")
-    ],
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT", help="Image files, folders of them, or tar shards.")],
     tokenizer: Annotated[str, typer.Option(help="A folder, a name of the zoo, or a hub repository.")],
     out: Annotated[Path, typer.Option(help="The new folder.")],
     size: Annotated[str, typer.Option(help="Side in pixels, or original.", show_default="the tokenizer's own")] = "",

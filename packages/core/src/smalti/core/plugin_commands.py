@@ -2,7 +2,7 @@
 
 A command is a component of the kind `command`. Its target is a function with typer's annotations, like core's own:
 
-    yield Component("command", "fit", "my_package.fit_command:fit", "fit a picture")
+    yield Component("command", "fit", "my_package.fit_command:fit", "Fit a picture.")
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ Protocol = Annotated[
 ]
 Changes = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[PATH=VALUE]...", help="Options of the protocol, e.g. extractor.weights=FILE."),
+    typer.Argument(metavar="PATH=VALUE", help="Options of the protocol, e.g. extractor.weights=FILE."),
 ]
 Count = Annotated[int | None, typer.Option(min=1, help="Take only the first images, or draw so many.")]
 Out = Annotated[Path, typer.Option(help="The folder for results and report.")]
