@@ -29,8 +29,7 @@ class Room(NamedTuple):
 ROOMS = {
     "command line": Room(
         40, 60, 500, 56, "cli.py, one module for each group of commands",
-        "cli command_arguments plugin_commands compare_command data_commands evaluate_command model_commands "
-        "probe_command",
+        "cli plugin_commands compare_command data_commands evaluate_command model_commands probe_command",
     ),
     "pipeline": Room(
         130, 150, 320, 56, "recipes, run folders, stages, sampling",
@@ -49,7 +48,7 @@ ROOMS = {
     BASE: Room(
         40, 450, 500, 56, "options, layouts, plugins, weights, noise, the contracts and their tests",
         "contracts options layout plugins plugin errors files weights noise distributed sampling_settings metrics "
-        "codebook_health overrides progress testing captions frechet matmul",
+        "codebook_health overrides progress testing captions frechet matmul command_arguments",
     ),
 }  # fmt: skip
 SIBLINGS = {
