@@ -15,21 +15,16 @@ from smalti.core.errors import UserError
 T = TypeVar("T")
 
 
-@contextmanager
-def joined(device: str) -> Iterator[str]:
-    """Join the group of the processes that `torchrun` started, if it did (gloo on the CPU), and leave it at the end.
-
-    Yields:
-        The device of this process, see `device_name`.
-    """
-    name = device_name(device)
+def initialise(device: str) -> None:
+    """Join the process group that `torchrun` describes in the environment, if any (gloo on the CPU)."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
-    try:
-        yield name
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+
+
+def finish() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -71,6 +66,17 @@ def gather_objects(item: T) -> list[T]:
     items: list[T] = [item] * world_size()
     dist.all_gather_object(items, item)
     return items
+
+
+@contextmanager
+def joined(device: str) -> Iterator[str]:
+    """Work as one of the processes that `torchrun` started, if it did; yields the `device_name` of this one."""
+    name = device_name(device)
+    initialise(name)
+    try:
+        yield name
+    finally:
+        finish()
 
 
 def device_name(requested: str) -> str:

@@ -1,1 +1,1 @@
-"""The recipes that come with smalti; each YAML file in this folder is one, or a table of several."""
+"""The recipes that come with smalti; each YAML file in this folder is one."""
