@@ -27,14 +27,13 @@ def main(run: str, recipe: str, *overrides: str) -> None:
         return averaged
 
     loop._Loop.run = and_save
-    distributed.initialise("cpu")
-    folder = RunFolder(run)
-    resolved = load_recipe(recipe, overrides)
-    if distributed.rank() == 0:
-        folder.prepare(resolved)
-    distributed.barrier()
-    TrainTokenizer(Context(folder, resolved, "cpu", Reporter(quiet=True))).run()
-    distributed.finish()
+    with distributed.joined("cpu"):
+        folder = RunFolder(run)
+        resolved = load_recipe(recipe, overrides)
+        if distributed.rank() == 0:
+            folder.prepare(resolved)
+        distributed.barrier()
+        TrainTokenizer(Context(folder, resolved, "cpu", Reporter(quiet=True))).run()
 
 
 if __name__ == "__main__":

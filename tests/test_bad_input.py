@@ -108,20 +108,3 @@ def test_options_with_their_path(told):
     assert told("run", "quickstart", "generator.name=diffusion").endswith(
         "unknown generator 'diffusion'; installed: ar, far, maskgit, rar, var"
     )
-
-
-def test_no_space_left(smalti, run, finished, files):
-    """Files may grow to 8 KiB only, as on a full disk: a sentence, nothing half-written, and it goes on later."""
-    reopen(run, "sample")
-    run.remove(("samples",))
-    limited = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY)); "
-        "sys.argv = ['smalti', 'sample', 'run']; from smalti.core.cli import main; main()"
-    )
-    _, stderr = smalti(launcher=("-c", limited), code=2)
-    assert stderr.splitlines()[-1].startswith("smalti: run/samples/")
-    assert "cannot be written: File too large" in stderr
-    assert not list(run.path.rglob("*.npz"))
-    smalti("sample", "run")
-    assert files(run.path) == files(finished)

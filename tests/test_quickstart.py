@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -40,3 +41,11 @@ def test_the_same_seed_gives_the_same_files(finished, smalti, shrunk, files):
     assert re.search(r"train-generator: 60/60, [\d.]+ step/s, 0 s left, cross_entropy [\d.]+", stderr)
     stdout, stderr = smalti("quickstart", *shrunk, "--out", "again")
     assert stderr.count("done before") == 5
+
+
+def test_a_quickstart_without_figures_tells_what_there_is(finished, smalti, shrunk):
+    shutil.copytree(finished, smalti.folder / "run")
+    for name in ("summary.json", "report.html"):
+        (smalti.folder / "run" / name).unlink()
+    stdout, _ = smalti("quickstart", *shrunk, "evaluate=null", "--out", "run", "--force")
+    assert stdout == "samples: run/samples/grid.png\n"

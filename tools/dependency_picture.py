@@ -48,7 +48,7 @@ ROOMS = {
     BASE: Room(
         40, 450, 500, 56, "options, layouts, plugins, weights, noise, the contracts and their tests",
         "contracts options layout plugins plugin errors files weights noise distributed sampling_settings metrics "
-        "codebook_health overrides progress testing captions frechet matmul",
+        "codebook_health overrides progress testing captions frechet matmul command_arguments",
     ),
 }  # fmt: skip
 SIBLINGS = {

@@ -189,8 +189,6 @@ def test_what_cannot_be_compared(run, table, tmp_path, monkeypatch):
     assert told("one.yaml") == (
         "one.yaml has no variants to compare: it is one recipe, a table has several under `variants`"
     )
-    (tmp_path / "none.yaml").write_text("variants: {}")
-    assert told("none.yaml") == "none.yaml has no variants to compare: its `variants` are empty"
     assert told("sings").startswith("no table of recipes 'sings': it is neither a file nor one of ")
     assert told(table(), "tokenizer.quantizer.width=3").endswith(":four: tokenizer.quantizer.width: no such option")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -9,6 +9,7 @@ from smalti.core.plugins import Component, hookimpl
 def smalti_register():
     yield Component("command", "evaluate shout", "loud:shout", "says how loud")
     yield Component("command", "evaluate cry", "lout:cry", "cries")
+    yield Component("command", "evaluate recipe", "loud:shout", "would take the place of core's")
 """
 COMMAND = '''
 import sys
@@ -38,7 +39,7 @@ def call(smalti, tmp_path):
 def test_all_are_listed_and_none_is_imported(call):
     done = call("evaluate", "--help")
     assert done.returncode == 0
-    assert done.stderr == ""
+    assert done.stderr == ("smalti: warning: the command 'evaluate recipe' of a plugin is hidden by smalti's own\n")
     listed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("│ ") and "--help" not in line]
     assert [word for word in listed if word in ("recipe", "shout", "cry")] == ["recipe", "cry", "shout"]
 

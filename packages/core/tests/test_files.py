@@ -97,3 +97,19 @@ def test_damaged_json(tmp_path, content):
 
 def test_a_sentence_is_one_line_that_steers_no_terminal():
     assert str(UserError("\x1b[31mred\ntwo\ud800 café")) == "\\x1b[31mred\\ntwo\\ud800 café"
+
+
+def test_places_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file" / "deeper" / "new", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match=r"^.* cannot be written: (Not a directory|File name too long)$"):
+            files.write_text(path, "x")
+    with pytest.raises(UserError, match=r"^.* cannot be written: (File exists|Not a directory)$"):
+        files.write_text(tmp_path / "file" / "new", "x")
+    with pytest.raises(UserError, match=r"^.* cannot be written: Is a directory$"):
+        files.write_text(tmp_path, "x")
+    with (
+        pytest.raises(UserError, match=r"^.* cannot be written: Not a directory$"),
+        files.atomic_folder(tmp_path / "file" / "new"),
+    ):
+        pytest.fail("the block must not run")

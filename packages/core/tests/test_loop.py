@@ -423,11 +423,3 @@ def test_a_checkpoint_of_other_averages(context, averages):
     torch.save(torch.load(path, weights_only=True) | {"ema": averages}, path)
     with pytest.raises(UserError, match=rf"{path} is not of this training .*; remove it to train from the start"):
         run(context, options(steps=5))
-
-
-def test_the_device_of_the_run_is_the_current_one(monkeypatch):
-    current = []
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    for device in ("cpu", "cuda", "cuda:1"):
-        distributed.initialise(device)
-    assert current == ["cuda:1"]

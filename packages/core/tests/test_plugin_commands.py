@@ -2,6 +2,8 @@
 
 import pytest
 
+from smalti.core.cli import ORDER
+
 PLUGIN = """
 from smalti.core.plugins import Component, hookimpl
 
@@ -54,6 +56,12 @@ def test_all_are_listed_and_none_is_imported(call):
         assert text in done.stdout
     assert done.stderr == "smalti: warning: the command 'recipes' of a plugin is hidden by smalti's own\n"
     assert "quickstart" in call("recipes").stdout
+
+
+def test_commands_are_listed_in_the_order_of_the_work(call):
+    lines = call("--help").stdout.splitlines()
+    listed = [line.split()[1] for line in lines if line.startswith("│ ") and line[2] not in "- "]
+    assert listed == [*ORDER, "cry", "shout", "sing"]
 
 
 def test_one_runs_like_a_command_of_core(call):

@@ -26,7 +26,7 @@ def data(content):
 
 def run(tokenizer, data, folder, **changes):
     folder.mkdir(exist_ok=True)
-    return probe(tokenizer, data, folder, SETTINGS.model_copy(update=changes), Reporter(quiet=True), 5)
+    return probe(tokenizer, data, folder, SETTINGS.model_copy(update=changes), Reporter(quiet=True))
 
 
 def test_brightness_is_found_in_latents(tokenizer, data, tmp_path, monkeypatch):

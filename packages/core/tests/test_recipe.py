@@ -41,6 +41,21 @@ def test_overrides(recipe):
     assert load_recipe(recipe, ["generator=table"]).generator == load_recipe(recipe).generator
 
 
+def test_an_override_changes_one_place_of_what_is_shared(recipe):
+    assert "validation: *id" in recipe.read_text()
+    data = load_recipe(recipe, ["data.train.classes=2"]).data
+    assert (data.train.classes, data.validation.classes) == (2, 3)
+
+
+def test_an_override_below_null_or_an_empty_list(recipe, content):
+    content["train"]["tokenizer"]["losses"] = [None]
+    recipe.write_text(yaml.safe_dump(content))
+    assert load_recipe(recipe, ["train.tokenizer.losses.0.name=l1"]).train.tokenizer.losses[0].name == "l1"
+    content["train"]["tokenizer"]["losses"] = []
+    recipe.write_text(yaml.safe_dump(content))
+    assert told(recipe, ["train.tokenizer.losses.0.name=l1"]) == "train.tokenizer.losses.0: the list is empty"
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -52,6 +67,8 @@ def test_overrides(recipe):
         ("tokenize.flip.x=1", "tokenize.flip.x: tokenize.flip is True and has no options"),
         ("nonsense.deep.path=1", "toy.yaml: nonsense: no such option"),
         ("seed={", "seed: '{' is not a YAML value"),
+        ("seed=2026-02-31", "seed: '2026-02-31' is not a YAML value"),
+        ("train..steps=1", "'train..steps=1' is not an override: expected dotted.path=value"),
         ("data.train.shards=", "data.train.shards"),
     ],
 )
@@ -173,9 +190,18 @@ def test_parts_that_are_none(parts, recipe, content, tmp_path):
     assert told(wrong) == f"parts.generator: the recipe {recipe} trains no generator of its own"
 
 
-def test_variants_that_change_nothing_we_can_read(table):
-    table.write_text("variants: [one, two]")
+@pytest.mark.parametrize("variants", ["[one, two]", "{}", "{one: 1}"])
+def test_variants_that_change_nothing_we_can_read(table, variants):
+    table.write_text(f"variants: {variants}")
     assert told(f"{table}:one") == f"{table} is not a table of recipes: variants should map names to what they change"
+
+
+def test_variants_whose_names_are_numbers(table, content):
+    content["variants"] = {512: {}, 1024: {"tokenizer": {"quantizer": {"dim": 2}}}}
+    table.write_text(yaml.safe_dump(content))
+    recipe = load_recipe(f"{table}:1024")
+    assert (recipe.name, recipe.tokenizer.quantizer.dim) == ("1024", 2)
+    assert told(table).endswith(f"name one as {table}:NAME, of 512, 1024")
 
 
 def test_merged():

@@ -38,6 +38,7 @@ def pictures(tmp_path):
     for name, (height, width) in {"a.png": (16, 16), "b.JPG": (20, 16), "deeper/c.webp": (16, 32)}.items():
         Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / name)
     (folder / "notes.txt").write_text("no image")
+    (folder / "._a.png").write_text("what some file managers leave")
     return folder
 
 

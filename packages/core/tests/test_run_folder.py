@@ -40,7 +40,8 @@ def test_what_cannot_change_results_may_change(folder, recipe):
     folder.prepare(load_recipe(recipe))
     quick = ("checkpoint_every=7", "log_every=3", "max_skipped=1", "trackers=[tensorboard]", "sharding=full")
     changes = [f"train.{model}.{option}" for model in ("tokenizer", "generator") for option in quick]
-    other = load_recipe(recipe, ["data.workers=3", "data.max_undecodable=5", *changes])
+    words = ("summary=newer words", "source=a paper", "figures={FID: 2}")
+    other = load_recipe(recipe, ["data.workers=3", "data.max_undecodable=5", *words, *changes])
     folder.prepare(other)
     assert load_recipe(folder.path) == other
     runs = (Context(folder, loaded, "cpu", Reporter(quiet=True)) for loaded in (load_recipe(recipe), other))
@@ -68,6 +69,10 @@ def test_an_unreadable_recipe_asks_for_force(folder, recipe):
     loaded = load_recipe(recipe)
     folder.prepare(loaded)
     (folder / "recipe.yaml").write_text("name: [")
+    assert told(folder.prepare, loaded).endswith("; --force replaces it")
+    folder.prepare(loaded, force=True)
+    assert load_recipe(folder.path) == loaded
+    (folder / "recipe.yaml").write_bytes(b"\xff")
     assert told(folder.prepare, loaded).endswith("; --force replaces it")
     folder.prepare(loaded, force=True)
     assert load_recipe(folder.path) == loaded

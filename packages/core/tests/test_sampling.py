@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from smalti.core import sampling_run
 from smalti.core.captions import CaptionOptions, read_prompts
-from smalti.core.class_names import class_names
+from smalti.core.class_names import class_names, read_classes
 from smalti.core.cli import app
 from smalti.core.contracts import Generator, Tokenizer
 from smalti.core.data.images import grid
@@ -19,7 +19,7 @@ from smalti.core.options import GeneratorOptions
 from smalti.core.progress import Reporter
 from smalti.core.recipe import Recipe, SampleSection
 from smalti.core.run_folder import RunFolder
-from smalti.core.sampling_memory import SamplingMemory, sampling_memory
+from smalti.core.sampling_memory import SamplingMemory, free_memory, sampling_memory
 from smalti.core.sampling_pretrained import sample_pretrained, section
 from smalti.core.sampling_run import SamplingRun, chosen_classes
 from smalti.core.sampling_settings import SamplingSettings
@@ -63,6 +63,11 @@ def drawn(run: SamplingRun) -> tuple[np.ndarray, np.ndarray]:
 def test_classes_by_number_and_name():
     assert chosen_classes((), 3, NAMES) == (0, 1, 2)
     assert chosen_classes((2, "Sneaker", 1), 3, NAMES) == (2, 1)
+
+
+def test_classes_of_the_command_line():
+    assert read_classes("2, Sneaker,-1,") == [2, "Sneaker", -1]
+    assert read_classes("T-shirt/top,no,010, ²") == ["T-shirt/top", "no", 10, "²"]
 
 
 @pytest.mark.parametrize(
@@ -217,6 +222,18 @@ def test_a_batch_that_does_not_fit_is_told_before_the_run(run_with, monkeypatch)
     assert not list(run_with().folder.rglob("*.npy"))
 
 
+def test_what_files_have_cached_is_free_in_a_container_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("smalti.core.sampling_memory.GROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    everything = free_memory("cpu")
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("990\n")
+    (tmp_path / "memory.stat").write_text("anon 100\nfile 890\nshmem 90\ninactive_file 500\nactive_file 300\n")
+    assert free_memory("cpu") == 810 < everything
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert free_memory("cpu") == 405
+
+
 def test_captions_cannot_be_drawn(run_with):
     run = run_with()
     run.generator.captions = CaptionOptions()
@@ -268,6 +285,26 @@ def test_saved_models_without_a_recipe(models, tmp_path, capsys):
     wider.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match=r"do not belong together: grid 2x2, 1 stream of 16 codes there, grid 2x2, 1 "):
         sample_pretrained(paths[0], str(tmp_path / "other"), section("", []), tmp_path / "new", "cpu")
+
+
+def test_a_kill_before_the_grid_is_written_is_mended(models, tmp_path, monkeypatch):
+    tokenizer, generator = models
+    tokenizer.save_pretrained(tmp_path / "t")
+    generator.save_pretrained(tmp_path / "g")
+    arguments = (str(tmp_path / "g"), str(tmp_path / "t"), section("", []), tmp_path / "out", "cpu")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling_run, "save_grid", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sample_pretrained(*arguments)
+    before = (tmp_path / "out" / "samples.npz").read_bytes()
+    (tmp_path / "out" / ".grid.png.part").write_bytes(b"half")
+    sample_pretrained(*arguments)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"grid.png", "samples.npz", "sampling.json", "state"}
+    assert (tmp_path / "out" / "samples.npz").read_bytes() == before
 
 
 def test_names_of_classes_without_a_recipe(models, tmp_path, monkeypatch):
@@ -364,9 +401,15 @@ def test_the_command(recipe, tmp_path, monkeypatch):
     models = ("--generator", "run/generator", "--tokenizer", "run/tokenizer")
     assert smalti("sample", *models, "--classes", "1", "sample.top_k=2", "--out", "out").exit_code == 0
     assert (tmp_path / "out" / "grid.png").exists()
+    told = smalti("sample", "run", "--classes", "no", "--force").exception
+    assert str(told) == "sample.classes: no class is called 'no'; there are 0, 1, 2"
     for arguments, sentence in (
         (models[:2], "--generator and --tokenizer belong together: give both, or a recipe"),
         (models, "without a recipe --out is needed, the folder for the samples"),
+        (
+            (*models, "--out", "new", "--shrink"),
+            "--force and --shrink go with a recipe, not with --generator and --tokenizer",
+        ),
         ((), "give a recipe or a run folder, or --generator and --tokenizer"),
     ):
         assert str(smalti("sample", *arguments).exception) == f"sample: {sentence}"

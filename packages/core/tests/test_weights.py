@@ -37,6 +37,9 @@ def test_averaged_weights_lie_beside_and_are_preferred(tokenizer, tmp_path):
     assert torch.equal(Tokenizer.from_pretrained(tmp_path / "both").state_dict()[name], averaged[name])
     plain = Tokenizer.from_pretrained(tmp_path / "both", ema=False)
     assert torch.equal(plain.state_dict()[name], tokenizer.state_dict()[name])
+    plain.save_pretrained(tmp_path / "both")  # older averages would go before these weights
+    again = Tokenizer.from_pretrained(tmp_path / "both")
+    assert torch.equal(again.state_dict()[name], tokenizer.state_dict()[name])
 
 
 def test_same_weights_same_bytes(tokenizer, saved, tmp_path):

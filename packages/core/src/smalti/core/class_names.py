@@ -1,4 +1,4 @@
-"""Names of the classes of a generator that comes without a recipe."""
+"""Classes by name: those that a user asks for, and the names that a generator without a recipe has for its own."""
 
 from __future__ import annotations
 
@@ -64,3 +64,9 @@ def class_names(generator: str | Path, classes: int) -> tuple[str, ...]:
     except ImportError:
         return ()
     return tuple(weights.IMAGENET1K_V1.meta["categories"])
+
+
+def read_classes(given: str) -> list[int | str]:
+    """Classes as `--classes` names them, by numbers or names with commas between them."""
+    parts = [part for part in map(str.strip, given.split(",")) if part]
+    return [int(part) if part.removeprefix("-").isdecimal() else part for part in parts]

@@ -9,18 +9,19 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smalti.core.compare_command import add_compare_command
+from smalti.core.command_arguments import Device, Force, Overrides, interruptible, with_seed
+from smalti.core.compare_command import run_compare
 from smalti.core.data_commands import add_data_commands
 from smalti.core.errors import UserError
 from smalti.core.evaluate_command import RECIPE, EvaluateGroup
 from smalti.core.model_commands import add_model_commands
 from smalti.core.plugin_commands import GroupWithPlugins
 from smalti.core.plugins import PluginWarning, registry
-from smalti.core.probe_command import add_probe_command
+from smalti.core.probe_command import run_probe
 
 if TYPE_CHECKING:
     from smalti.core.progress import Reporter
@@ -28,17 +29,30 @@ if TYPE_CHECKING:
     from smalti.core.run_folder import RunFolder
     from smalti.core.stage import Context
 
-T = TypeVar("T")
+# In the order of the work, as `--help` lists them; typer has groups behind all commands.
+ORDER = (
+    *("quickstart", "run", "train", "tokenize", "sample", "evaluate", "compare", "reconstruct", "probe"),
+    *("recipes", "zoo", "import", "export", "shards", "data", "plugins"),
+)
+
+
+class CommandLine(GroupWithPlugins):
+    """All commands, those of plugins last."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All names in the order of the work."""
+        return sorted(super().list_commands(ctx), key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+
 
 app = typer.Typer(
     name="smalti",
-    cls=GroupWithPlugins,
+    cls=CommandLine,
     help="Image generation with discrete tokens, from images to evaluated samples.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-train = typer.Typer(help="Train a tokenizer, or a generator on its tokens.", no_args_is_help=True)
+train = typer.Typer(help="Train a tokenizer or an autoencoder, or a generator on tokens.", no_args_is_help=True)
 app.add_typer(train, name="train")
 evaluate = typer.Typer(cls=EvaluateGroup, help="Measure a recipe's run, or images of any origin.", no_args_is_help=True)
 app.add_typer(evaluate, name="evaluate")
@@ -50,13 +64,8 @@ RecipeArgument = Annotated[
         help="A name that `smalti recipes` lists, a YAML file (FILE:NAME of a table), or a run folder.",
     ),
 ]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[PATH=VALUE]...", help="Options of the recipe, by dotted path.")
-]
 Out = Annotated[Path | None, typer.Option(help="The run folder.", show_default="runs/<recipe>")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Seed = Annotated[int | None, typer.Option(help="The recipe's seed.", show_default="the recipe's")]
-Force = Annotated[bool, typer.Option("--force", help="Redo what depends on a changed recipe.")]
 Shrink = Annotated[
     bool, typer.Option("--shrink", help="Run a tiny copy of the recipe, with all its losses, in seconds on a CPU.")
 ]
@@ -82,7 +91,7 @@ def _add_command(group: typer.Typer, name: str, summary: str, stage: str | None 
         force: Force = False,
         shrink: Shrink = False,
     ) -> None:
-        _run(recipe, overrides, out, device, seed, force=force, shrink=shrink, stage=stage)
+        _run_stages(recipe, overrides, out, device, seed, force=force, shrink=shrink, stage=stage)
 
     group.command(name, help=summary)(command)
 
@@ -98,7 +107,7 @@ _add_command(evaluate, RECIPE, "Measure reconstructions and samples of a run, an
 @app.command()
 def sample(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE]", help="As for `run`; none with --generator and --tokenizer.")
+        str | None, typer.Argument(metavar="RECIPE", help="As for `run`; none with --generator and --tokenizer.")
     ] = None,
     overrides: Overrides = None,
     out: Out = None,
@@ -128,20 +137,37 @@ def sample(
     if (generator is None) != (tokenizer is None):
         raise UserError("sample: --generator and --tokenizer belong together: give both, or a recipe")
     if generator is not None and tokenizer is not None:
-        changes = [*([recipe] if recipe else []), *(overrides or [])]
         if out is None:
             raise UserError("sample: without a recipe --out is needed, the folder for the samples")
-        how = {"seed": seed or 0, "trace": trace, "text_encoder": text_encoder}
-        _interruptible(
-            lambda: _sample_pretrained(generator, tokenizer, classes or "", changes, out, device, prompts, how)
-        )
+        if force or shrink:
+            raise UserError("sample: --force and --shrink go with a recipe, not with --generator and --tokenizer")
+        from smalti.core.captions import read_prompts
+        from smalti.core.sampling_pretrained import sample_pretrained, section
+
+        with interruptible():
+            sample_pretrained(
+                generator,
+                tokenizer,
+                section(classes or "", [*([recipe] if recipe else []), *(overrides or [])]),
+                out,
+                device,
+                seed=seed or 0,
+                trace=trace,
+                prompts=() if prompts is None else read_prompts(prompts),
+                text_encoder=text_encoder,
+            )
         return
     if prompts is not None or text_encoder is not None:
         raise UserError("sample: --prompts and --text-encoder go with --generator and --tokenizer, not with a recipe")
     if recipe is None:
         raise UserError("sample: give a recipe or a run folder, or --generator and --tokenizer")
-    changes = [*(overrides or []), *([f"sample.classes=[{classes}]"] if classes else [])]
-    _run(recipe, changes, out, device, seed, force=force, shrink=shrink, stage="sample", then=_trace if trace else None)
+    changes = [*(overrides or [])]
+    if classes:
+        from smalti.core.class_names import read_classes
+
+        changes.append(f"sample.classes={json.dumps(read_classes(classes), ensure_ascii=False)}")
+    then = _trace if trace else None
+    _run_stages(recipe, changes, out, device, seed, force=force, shrink=shrink, stage="sample", then=then)
 
 
 @app.command()
@@ -153,11 +179,15 @@ def quickstart(
     force: Force = False,
 ) -> None:
     """Do the main job on embedded data: images to tokens to new images, with a report."""
-    folder = _run("quickstart", overrides, out, device, seed, force=force)
-    if folder is not None:
-        summary = json.loads((folder / "summary.json").read_text())
-        figures = ", ".join(f"{name} {value:.4g}" for name, value in summary.items())
-        typer.echo(f"{figures}\nsamples: {folder / 'samples' / 'grid.png'}\nreport:  {folder / 'report.html'}")
+    folder = _run_stages("quickstart", overrides, out, device, seed, force=force)
+    if folder is None:
+        return
+    if (summary := folder / "summary.json").exists():
+        figures = json.loads(summary.read_text())
+        typer.echo(", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    for title, name in (("samples", "samples/grid.png"), ("report", "report.html")):
+        if (folder / name).exists():
+            typer.echo(f"{title + ':':8} {folder / name}")
 
 
 @app.command()
@@ -224,11 +254,12 @@ def plugins(
 
 add_model_commands(app)
 add_data_commands(app)
-add_probe_command(app)
-add_compare_command(app)
+app.command("probe")(run_probe)
+app.command("compare")(run_compare)
 
 
-def _run(
+@interruptible()
+def _run_stages(
     source: str,
     overrides: list[str] | None,
     out: Path | None,
@@ -240,40 +271,11 @@ def _run(
     stage: str | None = None,
     then: Callable[[Context], None] | None = None,
 ) -> Path | None:
-    """Run one stage of a recipe, or all of them; return the run folder, on the first process only.
-
-    `then` is what the first process does afterwards.
-    """
-    return _interruptible(
-        lambda: _run_stages(source, overrides, out, device, seed, force=force, shrink=shrink, stage=stage, then=then)
-    )
-
-
-def _interruptible(work: Callable[[], T]) -> T:
-    try:
-        return work()
-    except KeyboardInterrupt:
-        print("smalti: interrupted; the same command goes on from here", file=sys.stderr)  # noqa: T201
-        raise typer.Exit(130) from None
-
-
-def _run_stages(
-    source: str,
-    overrides: list[str] | None,
-    out: Path | None,
-    device: str,
-    seed: int | None,
-    *,
-    force: bool,
-    shrink: bool,
-    stage: str | None,
-    then: Callable[[Context], None] | None,
-) -> Path | None:
+    """Run one stage of a recipe, or all of them, and on the first process `then`; its run folder, there only."""
     from smalti.core.recipe import load_recipe
     from smalti.core.run_folder import RunFolder
 
-    changes = [*(overrides or []), *([] if seed is None else [f"seed={seed}"])]
-    recipe = load_recipe(source, changes)
+    recipe = load_recipe(source, with_seed(overrides, seed))
     if out is None:
         out = Path(source) if Path(source).is_dir() else Path("runs") / (recipe.name + ("-shrunk" if shrink else ""))
     folder = RunFolder(out)
@@ -283,9 +285,7 @@ def _run_stages(
     from smalti.core.progress import Reporter
     from smalti.core.stage import Context
 
-    device = distributed.device_name(device)
-    distributed.initialise(device)
-    try:
+    with distributed.joined(device) as device:
         first = distributed.rank() == 0
         with folder.locked(first=first):
             reporter = Reporter(quiet=not first)
@@ -299,8 +299,6 @@ def _run_stages(
             if then is not None and first:
                 then(context)
         return out if first else None
-    finally:
-        distributed.finish()
 
 
 def _shrunk(recipe: Recipe, folder: RunFolder, reporter: Reporter) -> Recipe:
@@ -320,23 +318,6 @@ def _trace(context: Context) -> None:
     from smalti.core.stages.sample import Sample
 
     save_trace(Sample(context).sampling(), context.run / "samples" / "trace.gif")
-
-
-def _sample_pretrained(
-    generator: str,
-    tokenizer: str,
-    classes: str,
-    changes: list[str],
-    out: Path,
-    device: str,
-    prompts: str | None,
-    how: dict[str, Any],
-) -> None:
-    from smalti.core.captions import read_prompts
-    from smalti.core.sampling_pretrained import sample_pretrained, section
-
-    texts = () if prompts is None else read_prompts(prompts)
-    sample_pretrained(generator, tokenizer, section(classes, changes), out, device, prompts=texts, **how)
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from smalti.core import distributed
 from smalti.core.codebook_health import LARGEST_HISTOGRAM, QUEUE, CodebookHealth
 from smalti.core.contracts import PairMetric, Tokenizer
 from smalti.core.data.images import to_uint8
@@ -119,7 +118,6 @@ def compare(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("compare works in one process: start it without torchrun")
-    distributed.initialise(device)
     attempts = _Attempts(reporter)
     recipes: dict[str, Recipe] = {}
     for name in names:

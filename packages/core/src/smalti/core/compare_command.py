@@ -10,12 +10,8 @@ from typing import Annotated
 
 import typer
 
+from smalti.core.command_arguments import Device, Force, interruptible, with_seed
 from smalti.core.errors import UserError
-
-
-def add_compare_command(app: typer.Typer) -> None:
-    """Add the command to the command line."""
-    app.command("compare")(run_compare)
 
 
 def run_compare(
@@ -23,7 +19,7 @@ def run_compare(
         str, typer.Argument(metavar="TABLE", help="A YAML file with `variants`, or the name of one that is installed.")
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[PATH=VALUE]...", help="Options of all variants, by dotted path.")
+        list[str] | None, typer.Argument(metavar="PATH=VALUE", help="Options of all variants, by dotted path.")
     ] = None,
     *,
     only: Annotated[
@@ -35,25 +31,22 @@ def run_compare(
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Held-out images, the first of data.validation.")] = 1000,
     seed: Annotated[int | None, typer.Option(help="Of all variants.", show_default="the recipes'")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Redo what depends on a changed recipe.")] = False,
+    device: Device = "auto",
+    force: Force = False,
 ) -> None:
     """Train the tokenizers of a table of recipes one after the other, and measure them side by side."""
     path = find_table(table)
     names = chosen_variants(path, only or [])
-    changes = [*(overrides or []), *([] if seed is None else [f"seed={seed}"])]
+    changes = with_seed(overrides, seed)
     folder = out or Path("runs") / path.stem
 
     from smalti.core.compare import compare
     from smalti.core.compare_report import write_comparison
-    from smalti.core.distributed import device_name
+    from smalti.core.distributed import chosen_device
     from smalti.core.progress import Reporter
 
-    try:
-        comparison = compare(path, names, changes, folder, images, device_name(device), Reporter(), force=force)
-    except KeyboardInterrupt:
-        print("smalti: interrupted; the same command goes on from here", file=sys.stderr)  # noqa: T201
-        raise typer.Exit(130) from None
+    with interruptible():
+        comparison = compare(path, names, changes, folder, images, chosen_device(device), Reporter(), force=force)
     write_comparison(comparison, folder)
     typer.echo(f"table:    {folder / 'comparison.md'}")
     if comparison.failures:
@@ -87,13 +80,11 @@ def chosen_variants(path: Path, only: Sequence[str]) -> list[str]:
     """The variants of a table, or `only` some of them, in the order of the table.
 
     Raises:
-        UserError: a name that the table does not have, or a table without variants.
+        UserError: a name that the table does not have.
     """
     from smalti.core.recipe import read_recipes
 
     names = list(read_recipes(path))
-    if not names:
-        raise UserError(f"{path} has no variants to compare: its `variants` are empty")
     for name in only:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)

@@ -22,10 +22,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from smalti.core.codebook_health import PERPLEXITY_DEFINITION, USAGE_DEFINITION
 from smalti.core.compare import Comparison
-from smalti.core.data.images import GAP, grid, png_bytes
+from smalti.core.data.images import GAP, VISIBLE_OF_MANY, enlargement, grid, png_bytes
 from smalti.core.files import write_bytes, write_json, write_text
 
-VISIBLE = 64  # pixels: smaller images are enlarged by whole factors
 FONT_SIZE, MARGIN = 14, 8
 
 
@@ -159,7 +158,7 @@ def labelled(rows: dict[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
     places = np.full((len(rows), count, height, width, 3), 255, np.uint8)
     for row, images in zip(places, rows.values(), strict=True):
         row[: images.shape[0], : images.shape[1], : images.shape[2]] = images
-    scale = max(1, VISIBLE // max(height, width))
+    scale = enlargement((height, width), VISIBLE_OF_MANY)
     pictures = grid(places.reshape(-1, height, width, 3), count, scale)
     font = ImageFont.load_default(FONT_SIZE)
     left = MARGIN * 2 + int(max(font.getlength(name) for name in rows))

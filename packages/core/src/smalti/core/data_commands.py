@@ -10,10 +10,11 @@ import typer
 from smalti.core.errors import UserError
 
 if TYPE_CHECKING:
+    from smalti.core.data.dataset import ImageDataset
     from smalti.core.options import DatasetOptions
 
 Settings = Annotated[
-    list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...", help="Options of the data set, e.g. path=photos.")
+    list[str] | None, typer.Argument(metavar="OPTION=VALUE", help="Options of the data set, e.g. path=photos.")
 ]
 Workers = Annotated[int, typer.Option(min=0, help="Threads.")]
 
@@ -108,11 +109,11 @@ def look_through(
         raise typer.Exit(1)
 
 
-def _length(images: Any) -> int:
+def _length(images: ImageDataset) -> int | None:
     try:
         return len(images)
     except UserError:  # of damage, which the check tells with all the rest
-        return 0
+        return None
 
 
 def _dataset_options(name: str, settings: list[str] | None) -> DatasetOptions:

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from smalti.core.errors import UserError
+
 T = TypeVar("T")
-
-
-def initialise(device: str) -> None:
-    """Make `device` the current one, and join the process group that `torchrun` describes in the environment, if any.
-
-    Collectives are NCCL's on CUDA, gloo's on the CPU.
-    """
-    if device.startswith("cuda:"):  # what names no index goes there: accelerate, NCCL, Triton
-        torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-
-
-def finish() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -69,10 +56,48 @@ def gather_objects(item: T) -> list[T]:
     return items
 
 
-def device_name(requested: str) -> str:
-    """`auto` becomes this process's CUDA device, or the CPU; anything else stays."""
-    if requested != "auto":
-        return requested
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return "cpu"
+@contextmanager
+def joined(device: str) -> Iterator[str]:
+    """Join the group of the processes that `torchrun` started, if it did, and leave it at the end.
+
+    Collectives are NCCL's on CUDA, gloo's on the CPU.
+
+    Yields:
+        The device of this process, see `chosen_device`.
+    """
+    name = chosen_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+    try:
+        yield name
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def chosen_device(requested: str) -> str:
+    """The device of this process, which becomes the current one.
+
+    Args:
+        requested: `auto` is CUDA where there is some, else the CPU; `cuda` is that of the process's local rank.
+
+    Raises:
+        UserError: there is no such device, or none that can be used here.
+    """
+    name = requested
+    if requested == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"there is no device {requested!r}: give cpu, cuda or auto") from None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the second where PyTorch was built without it
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"device {requested!r} cannot be used ({reason}): give cpu, cuda or auto") from None
+    if device.type == "cuda":  # what names no device goes to the current one: accelerate, NCCL, Triton
+        torch.cuda.set_device(device)
+    return name

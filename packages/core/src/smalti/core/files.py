@@ -15,6 +15,12 @@ from smalti.core.errors import UserError
 
 TEMPORARY = ".part"
 DEEPEST = 100  # of mappings and lists in each other
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# No right to write there; a file that is too large, a path through a file, a folder in the place of a file.
+UNWRITABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG),
+    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
+)
 
 
 @contextmanager
@@ -64,13 +70,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk, a missing right, a read-only place or a limit on sizes into a sentence about `path`."""
+    """Turn what keeps `path` from being written (see `FULL` and `UNWRITABLE`) into a sentence about it."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise UserError(f"no disk space left to write {path}: free some and run the same command again") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG):
+        if error.errno in UNWRITABLE:
             raise UserError(f"{path} cannot be written: {error.strerror}") from error
         raise
 
@@ -110,13 +116,13 @@ def parse_json(content: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def parse_yaml(content: bytes) -> Any:
+def parse_yaml(content: str | bytes) -> Any:
     """The data in a YAML text; whatever is wrong with it is a `ValueError`, too deep nesting as well."""
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        text, depth = content.decode(), 0
+        text, depth = content if isinstance(content, str) else content.decode(), 0
         for event in yaml.parse(text, loader):  # the loader written in C follows any depth, off the end of its stack
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:

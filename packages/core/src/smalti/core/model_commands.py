@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from smalti.core.command_arguments import Device
 from smalti.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ Changes = Annotated[
     typer.Option("--set", metavar="PATH=VALUE", help="An option that the file cannot tell, by dotted path."),
 ]
 Averaged = Annotated[bool, typer.Option("--ema/--no-ema", help="Averaged weights, where the file holds both.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 
 
 def add_model_commands(app: typer.Typer) -> None:
@@ -190,9 +190,7 @@ def export_model(
 
 
 def reconstruct(
-    inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT...", help="Image files, folders of them, or tar shards.")
-    ],
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT", help="Image files, folders of them, or tar shards.")],
     tokenizer: Annotated[str, typer.Option(help="A folder, a name of the zoo, or a hub repository.")],
     out: Annotated[Path, typer.Option(help="The new folder.")],
     size: Annotated[str, typer.Option(help="Side in pixels, or original.", show_default="the tokenizer's own")] = "",
@@ -209,9 +207,9 @@ def reconstruct(
     asked = image_size(size)
     with atomic_folder(out) as folder:
         from smalti.core.contracts import Tokenizer
-        from smalti.core.distributed import device_name
+        from smalti.core.distributed import chosen_device
 
-        model = Tokenizer.from_pretrained(tokenizer).to(device_name(device))
+        model = Tokenizer.from_pretrained(tokenizer).to(chosen_device(device))
         summary = reconstruct_images(model, inputs, folder, asked, batch_size, draw)
     figures = "".join(f", {name} {value:.4g}" for name, value in summary.means.items())
     typer.echo(f"{summary.images} images{figures}\npictures: {out / 'grid.png'}")

@@ -85,8 +85,6 @@ class Slot:
             )
         try:
             options = registry().options(self.kind, name)
-        except ValidationError:
-            raise
         except UserError as error:
             raise PydanticCustomError("component", "{sentence}", {"sentence": str(error)}) from None
         validated: ComponentOptions = options.model_validate({**value, "name": name})

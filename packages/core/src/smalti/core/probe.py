@@ -26,11 +26,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from smalti.core.contracts import Quantizer, Tokenizer
+from smalti.core.data.dataset import ImageDataset
 from smalti.core.data.loader import read_images
 from smalti.core.errors import UserError
 from smalti.core.files import write_bytes, write_json
 from smalti.core.noise import mixed_seed
-from smalti.core.options import DatasetOptions, Options
+from smalti.core.options import Options
 from smalti.core.progress import Reporter
 from smalti.core.recipe import DataSection
 from smalti.core.weights import fingerprint
@@ -46,7 +47,7 @@ class ProbeSettings(Options):
 
     Args:
         epochs: passes over the training images.
-        batch_size: B.
+        batch_size: B, latents of one update, and images encoded at once.
         learning_rate: of AdamW; a tenth after 60 % of the epochs, a hundredth after 90 %.
         weight_decay: of AdamW.
         seed: of weights, order and mirroring.
@@ -72,17 +73,15 @@ def probe(
     folder: Path,
     settings: ProbeSettings,
     reporter: Reporter,
-    batch_size: int = 64,
 ) -> dict[str, Any]:
     """Probe `tokenizer` and write the files of this module's head.
 
     Args:
         tokenizer: in evaluation mode, on its device.
         data: images to train on and to judge by.
-        folder: an existing one; latents of the same tokenizer and images are taken from there.
+        folder: where to; latents of the same tokenizer and images are taken from there.
         settings: of the linear layer.
         reporter: told how far it is.
-        batch_size: images encoded at once.
 
     Returns:
         What `probe.json` holds: `top1` and `top5` (shares, 0 to 1), and how they came about.
@@ -97,7 +96,7 @@ def probe(
         source = json.dumps([identity, options.model_dump(mode="json"), data.max_undecodable])
         found = _kept(path, source)
         if found is None:
-            found = _computed(tokenizer, options, data.max_undecodable, batch_size, reporter, name)
+            found = _computed(tokenizer, name, options.build(), data, settings.batch_size, reporter)
             tensors = {"latents": found.latents, "labels": found.labels}
             write_bytes(path, save(tensors, {"source": source}))
         parts[name] = found
@@ -163,9 +162,8 @@ def _kept(path: Path, source: str) -> Latents | None:
 
 @torch.no_grad()
 def _computed(
-    tokenizer: Tokenizer, options: DatasetOptions, max_undecodable: int, batch_size: int, reporter: Reporter, name: str
+    tokenizer: Tokenizer, name: str, images: ImageDataset, data: DataSection, batch_size: int, reporter: Reporter
 ) -> Latents:
-    images = options.build()
     device = next((weight.device for weight in tokenizer.parameters()), torch.device("cpu"))
     latents: list[Tensor] = []
     labels: list[Tensor] = []
@@ -174,7 +172,12 @@ def _computed(
         reporter.progress(f"{name} latents", len(images), unit="image") as tell,
     ):
         for batch in read_images(
-            images, tokenizer.preprocessing, batch_size, max_undecodable=max_undecodable, warn=reporter.say
+            images,
+            tokenizer.preprocessing,
+            batch_size,
+            max_undecodable=data.max_undecodable,
+            warn=reporter.say,
+            workers=data.workers,
         ):
             pixels = batch.images.to(device)
             for view in (pixels, pixels.flip(-1)):

@@ -7,21 +7,15 @@ from typing import Annotated
 
 import typer
 
+from smalti.core.command_arguments import Device, Overrides
 from smalti.core.errors import UserError
-
-
-def add_probe_command(app: typer.Typer) -> None:
-    """Add the command to the command line."""
-    app.command("probe")(run_probe)
 
 
 def run_probe(
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE", help="Whose data to probe with: a name, a YAML file, or a run folder.")
     ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[PATH=VALUE]...", help="Options of the recipe, by dotted path.")
-    ] = None,
+    overrides: Overrides = None,
     *,
     out: Annotated[Path, typer.Option(help="The folder for latents and the result.")],
     tokenizer: Annotated[
@@ -33,7 +27,7 @@ def run_probe(
     batch_size: Annotated[int, typer.Option(min=1, help="Latents of one update, and images encoded at once.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Of weights and order.")] = 0,
     ema: Annotated[bool, typer.Option("--ema/--no-ema", help="Averaged weights, where there are any.")] = True,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Train a linear layer on a frozen tokenizer's latents, and tell its top-1 and top-5 accuracy."""
     from pydantic import ValidationError
@@ -48,7 +42,8 @@ def run_probe(
         tokenizer = str(Path(recipe) / "tokenizer")
 
     from smalti.core.contracts import Tokenizer
-    from smalti.core.distributed import device_name
+    from smalti.core.distributed import chosen_device
+    from smalti.core.files import disk_errors
     from smalti.core.probe import ProbeSettings, probe
     from smalti.core.progress import Reporter
 
@@ -56,7 +51,8 @@ def run_probe(
         settings = ProbeSettings(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
     except ValidationError as error:
         raise UserError(f"probe: {sentences(error)}") from None
-    model = Tokenizer.from_pretrained(tokenizer, ema=ema).to(device_name(device))
-    out.mkdir(parents=True, exist_ok=True)
-    result = probe(model, data, out, settings, Reporter(), batch_size)
+    model = Tokenizer.from_pretrained(tokenizer, ema=ema).to(chosen_device(device))
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    result = probe(model, data, out, settings, Reporter())
     typer.echo(f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}\nresult: {out / 'probe.json'}")

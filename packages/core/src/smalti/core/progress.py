@@ -35,7 +35,7 @@ class Reporter:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, emoji=False)
 
     def say(self, sentence: str) -> None:
         """One line."""
@@ -43,8 +43,8 @@ class Reporter:
             self.console.print(sentence, markup=False, soft_wrap=True)
 
     @contextmanager
-    def progress(self, title: str, total: int, done: int = 0, unit: str = "it") -> Iterator[Advance]:
-        """Show progress of `total` units, `done` of which earlier processes did."""
+    def progress(self, title: str, total: int | None, done: int = 0, unit: str = "it") -> Iterator[Advance]:
+        """Show progress of `total` units, None where that is not known; earlier processes did `done` of them."""
         if self.quiet:
             yield _silent
         elif self.console.is_terminal:
@@ -54,7 +54,7 @@ class Reporter:
             yield _Lines(title, total, done, unit)
 
     @contextmanager
-    def _bar(self, title: str, total: int, done: int, unit: str) -> Iterator[Advance]:
+    def _bar(self, title: str, total: int | None, done: int, unit: str) -> Iterator[Advance]:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -94,7 +94,7 @@ class _Rate(ProgressColumn):
 class _Lines:
     """Progress as plain lines, one every `LINE_SECONDS` and one at the end."""
 
-    def __init__(self, title: str, total: int, done: int, unit: str) -> None:
+    def __init__(self, title: str, total: int | None, done: int, unit: str) -> None:
         self.title, self.total, self.done, self.unit = title, total, done, unit
         self.first_done = done
         self.started = self.printed = time.monotonic()
@@ -104,10 +104,11 @@ class _Lines:
         self.done += amount
         self.note = self.note if note is None else note
         now = time.monotonic()
-        if self.done < self.total and now - self.printed < LINE_SECONDS:
+        if self.done != self.total and now - self.printed < LINE_SECONDS:
             return
         self.printed = now
         rate = (self.done - self.first_done) / max(now - self.started, 1e-9)
-        left = (self.total - self.done) / rate if rate else 0.0
-        line = f"{self.title}: {self.done}/{self.total}, {rate:.1f} {self.unit}/s, {left:.0f} s left"
+        line = f"{self.title}: {self.done}/{self.total or '?'}, {rate:.1f} {self.unit}/s"
+        if self.total is not None and rate:
+            line += f", {(self.total - self.done) / rate:.0f} s left"
         print(f"{line}, {self.note}" if self.note else line, file=sys.stderr, flush=True)  # noqa: T201

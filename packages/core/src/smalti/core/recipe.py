@@ -51,11 +51,11 @@ from smalti.core.training.options import GeneratorTraining, TokenizerTraining
 
 Data = dict[str, Any]
 
-# What changes when and where things are computed, looked at or given up, but not what comes out: a run goes on with
-# other values.
+# What is told of a recipe, and what changes when and where things are computed, looked at or given up, but not what
+# comes out: a run goes on with other values.
 INCIDENTAL = (
-    "data.workers",
-    "data.max_undecodable",
+    *("summary", "source", "checkpoint", "figures"),
+    *("data.workers", "data.max_undecodable"),
     *(
         f"train.{model}.{option}"
         for model in ("tokenizer", "autoencoder", "generator")
@@ -295,9 +295,9 @@ def read_recipes(path: Path) -> dict[str, Data]:
         return {"": content}
     shared = {key: value for key, value in content.items() if key != "variants"}
     variants = content["variants"]
-    if not isinstance(variants, dict) or not all(isinstance(changes, dict) for changes in variants.values()):
+    if not variants or not isinstance(variants, dict) or not all(isinstance(each, dict) for each in variants.values()):
         raise UserError(f"{path} is not a table of recipes: variants should map names to what they change")
-    return {name: {"name": name, **merged(shared, changes)} for name, changes in variants.items()}
+    return {str(name): {"name": str(name), **merged(shared, each)} for name, each in variants.items()}
 
 
 def merged(old: Any, changes: Any) -> Any:

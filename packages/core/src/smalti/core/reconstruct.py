@@ -31,11 +31,8 @@ from smalti.core.layout import TokenLayout
 from smalti.core.metrics import pair_metrics, values_of
 from smalti.core.weights import fingerprint
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
-ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 SHOWN = 32
 GRID_COLUMNS = 4  # images of a row, each with what belongs to it
-VISIBLE = 128  # pixels: smaller images are enlarged in pictures by whole factors
 
 Size = int | Literal["original"] | None
 
@@ -100,7 +97,7 @@ def reconstruct_images(
             pictures.append(drawing(tokens, layout, (pictures[0].shape[2], pictures[0].shape[3])).cpu())
         found = {name: values_of(metric, copies, originals) for name, metric in metrics.items()}
         for place, key in enumerate(keys):
-            name = f"{len(entries):04d}-{_title(key)}"
+            name = f"{len(entries):04d}-{Path(key).stem}"
             strip = [_picture(pixels[place]) for pixels in pictures]
             shown += strip if len(shown) < len(strip) * SHOWN else []
             _save_grid(folder / f"{name}.png", strip, len(strip))
@@ -181,31 +178,30 @@ def _decoded(tokenizer: Tokenizer, inputs: Sequence[str], size: Size) -> Iterato
 
 def _files(source: Path) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of every image file in a source."""
+    from smalti.core.data.dataset import FilePart
+    from smalti.core.data.listed import images_below, is_image, is_shard
+
     if source.is_dir():
-        for path in sorted(source.rglob("*")):
-            if path.suffix.lower() in IMAGES and path.is_file():
-                yield str(path), path.read_bytes()
+        for name in images_below(source):
+            yield str(source / name), FilePart(str(source / name)).read()
     elif not source.exists():
         raise UserError(f"{source} does not exist: give image files, folders of them, or tar shards")
-    elif source.name.endswith(ARCHIVES):
+    elif is_shard(source.name):
         from smalti.core.data.tar_shards import read_shard
 
         for sample in read_shard(str(source)):
             for extension, content in sample.items():
-                if f".{extension.lower()}" in IMAGES:
+                if is_image(f"x.{extension}"):
                     yield f"{source}/{sample['__key__']}", content
     else:
-        yield str(source), source.read_bytes()
-
-
-def _title(key: str) -> str:
-    path = Path(key)
-    return path.stem if path.suffix.lower() in IMAGES else path.name
+        yield str(source), FilePart(str(source)).read()
 
 
 def _enlarged(pixels: Tensor) -> Tensor:
     """Images `(B, C, H, W)` by the whole factor that makes them visible."""
-    factor = max(1, VISIBLE // max(pixels.shape[-2:]))
+    from smalti.core.data.images import enlargement
+
+    factor = enlargement(pixels.shape[-2:])
     return pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 

@@ -5,6 +5,7 @@ tokenizer/         config.json, model.safetensors, ema.safetensors
 tokenizer-best/    the same, at the best validation so far
 autoencoder/, autoencoder-best/   in their place, where the recipe trains an autoencoder
 images/            held-out images beside their reconstructions, by step
+drawn/             what the generator drew, by step
 tokens/            token shards (tar) and layout.json
 generator/         as tokenizer/, and trained_on.json: its tokenizer and the names of the classes
 samples/           samples.npz (ADM's layout), grid.png, images/ and trace.gif where asked for
@@ -62,7 +63,7 @@ class RunFolder:
             self.state.mkdir(parents=True, exist_ok=True)
             remove_temporaries(self.path)
         text = dump_recipe(recipe)
-        if not known.exists() or known.read_text() != text:
+        if not known.exists() or known.read_bytes() != text.encode():
             write_text(known, text)
 
     def _foreign(self) -> Iterator[Path]:

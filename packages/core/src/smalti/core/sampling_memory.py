@@ -25,6 +25,7 @@ from smalti.core.sampling_settings import SamplingSettings
 
 TRIALS = (1, 3)
 USABLE = 0.9  # of the memory that is free: libraries take scratch space of their own
+GROUP = Path("/sys/fs/cgroup")  # of this process, where it is in a container
 
 
 @dataclass(frozen=True)
@@ -113,15 +114,18 @@ def mebibytes(size: int) -> int:
 
 
 def _free_on_machine() -> int:
-    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     table = Path("/proc/meminfo")
-    if table.exists():  # what files have cached can be given up
+    if table.exists():  # what files have cached can be given up, here and in the group
         entries = dict(line.split(":") for line in table.read_text().splitlines())
-        pages = int(entries["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-        pages = min(pages, int(limit.read_text()) - int(used.read_text()))
-    return pages
+        free = int(entries["MemAvailable"].split()[0]) * 1024
+    limit = GROUP / "memory.max"
+    if limit.exists() and limit.read_text().strip().isdigit():
+        used = int((GROUP / "memory.current").read_text())
+        parts = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
+        cached = int(parts["active_file"]) + int(parts["inactive_file"])
+        free = min(free, int(limit.read_text()) - used + cached)
+    return free
 
 
 def _line(peaks: list[int]) -> tuple[int, int]:

@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from smalti.core import distributed
-from smalti.core.class_names import class_names
+from smalti.core.class_names import class_names, read_classes
 from smalti.core.contracts import Generator, Tokenizer
-from smalti.core.errors import UserError
-from smalti.core.files import read_json, write_json, write_text
+from smalti.core.errors import UserError, few
+from smalti.core.files import TEMPORARY, read_json, remove_temporaries, write_json, write_text
 from smalti.core.options import sentences
 from smalti.core.overrides import apply_override, differences
 from smalti.core.progress import Reporter
@@ -25,6 +25,7 @@ from smalti.core.text_encoder import caption_features
 from smalti.core.weights import fingerprint
 
 FOLDER_TELLS = "sampling.json"
+FIRST_FILES = ("state", f".{FOLDER_TELLS}{TEMPORARY}")  # what a process leaves that is killed at once
 PER_CLASS = 4
 
 
@@ -32,12 +33,12 @@ def section(classes: str, overrides: Sequence[str]) -> SampleSection:
     """The options of a recipe's section `sample`.
 
     Args:
-        classes: numbers with commas between them, or nothing for all.
+        classes: as `read_classes` takes them, or nothing for all.
         overrides: `sample.top_k=100`; images of each class are 4 where neither `sample.count` nor `sample.per_class`
             is given.
 
     Raises:
-        UserError: a class that is no number; an option that there is not, or a wrong value.
+        UserError: an option that there is not, or a wrong value.
     """
     content: dict[str, Any] = {"sample": {}}
     for override in overrides:
@@ -46,7 +47,7 @@ def section(classes: str, overrides: Sequence[str]) -> SampleSection:
         apply_override(content, override)
     given = content["sample"]
     if classes:
-        given["classes"] = [int(each) if each.isdigit() else each for each in map(str.strip, classes.split(","))]
+        given["classes"] = read_classes(classes)
     if "count" not in given:
         given.setdefault("per_class", PER_CLASS)
     try:
@@ -84,9 +85,7 @@ def sample_pretrained(
         UserError: models that do not belong together; classes or prompts that the generator does not take, or no text
             encoder; a folder with other samples, with something else, or in which another process works.
     """
-    device = distributed.device_name(device)
-    distributed.initialise(device)
-    try:
+    with distributed.joined(device) as device:
         first = distributed.rank() == 0
         reporter = Reporter(quiet=not first)
         with RunFolder(out).locked(first=first):
@@ -99,8 +98,6 @@ def sample_pretrained(
                 run.draw(reporter)
             if trace and first:
                 save_trace(run, out / "trace.gif")
-    finally:
-        distributed.finish()
 
 
 def _paired(generator: str, tokenizer: str, options: SampleSection, out: Path, device: str, seed: int) -> SamplingRun:
@@ -131,9 +128,9 @@ def _prompted(run: SamplingRun, prompts: Sequence[str], text_encoder: str | None
 
 
 def _is_done(run: SamplingRun, text_encoder: str | None) -> bool:
-    """Whether the folder holds all of these samples; on the first process, it is made ready for them."""
+    """Whether the folder holds all of these samples; the first process makes it ready for them."""
     path = run.folder / FOLDER_TELLS
-    done = (run.folder / "samples.npz").exists()
+    done = (run.folder / "samples.npz").exists() and not (run.folder / "chunks").exists()
     content = {
         "generator": fingerprint(run.generator, run.generator.config()),
         "tokenizer": fingerprint(run.tokenizer, run.tokenizer.config()),
@@ -146,12 +143,15 @@ def _is_done(run: SamplingRun, text_encoder: str | None) -> bool:
     if path.exists():
         found = differences(read_json(path, "what samples were drawn"), content)
         if found:
-            raise UserError(f"{run.folder} holds other samples ({'; '.join(found[:5])}): choose another with --out")
-    elif run.folder.is_dir() and any(path.name != "state" for path in run.folder.iterdir()):
+            told = few(found, 5, between="; ")
+            raise UserError(f"{run.folder} holds other samples ({told}): choose another with --out")
+    elif run.folder.is_dir() and any(path.name not in FIRST_FILES for path in run.folder.iterdir()):
         raise UserError(f"{run.folder} is not empty and holds no samples: choose another with --out")
     distributed.barrier()
-    if distributed.rank() == 0 and not path.exists():
-        write_json(path, content)
-        if captions is not None:
-            write_text(run.folder / "prompts.txt", "\n".join(run.names) + "\n")
+    if distributed.rank() == 0:
+        remove_temporaries(run.folder)
+        if not done:
+            write_json(path, content)
+            if captions is not None:
+                write_text(run.folder / "prompts.txt", "\n".join(run.names) + "\n")
     return done

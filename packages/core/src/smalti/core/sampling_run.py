@@ -33,7 +33,7 @@ from torch import Tensor
 
 from smalti.core import distributed
 from smalti.core.contracts import Generator, Tokenizer
-from smalti.core.data.images import save_grid, to_uint8
+from smalti.core.data.images import VISIBLE_OF_MANY, enlargement, save_grid, to_uint8
 from smalti.core.errors import UserError, few
 from smalti.core.files import TEMPORARY, atomic_write, disk_errors, read_json, write_bytes, write_json
 from smalti.core.noise import mixed_seed
@@ -45,7 +45,6 @@ from smalti.core.sampling_settings import SamplingSettings
 LARGEST_BATCH = 64
 GRID_ROWS = 20
 LONGEST_NAME = 80  # of a class, in a folder's name
-VISIBLE = 64  # pixels: smaller images are enlarged in the grid by whole factors
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,9 @@ class SamplingRun:
                 size = memory.largest_batch(free, LARGEST_BATCH)
             else:
                 memory.check(min(size, self.count), free)
+            at_once = min(size, self.count)
             reporter.say(
-                f"sample: {size} images at once, about {mebibytes(memory.peak(min(size, self.count)))} MiB beside "
+                f"sample: batches of {at_once}, about {mebibytes(memory.peak(at_once))} MiB beside "
                 f"{mebibytes(memory.weights)} MiB of weights"
             )
             write_json(path, size)
@@ -190,7 +190,8 @@ class SamplingRun:
         columns = max(1, min(self.options.grid_columns, self.count // len(self.labels)))
         wanted = [column * len(self.labels) + row for row in range(rows) for column in range(columns)]
         images = np.stack([np.load(chunks[index // size], mmap_mode="r")[index % size] for index in wanted])
-        save_grid(self.folder / "grid.png", images, columns, scale=enlarged(images.shape[1]))
+        scale = enlargement(images.shape[1:3], VISIBLE_OF_MANY)
+        save_grid(self.folder / "grid.png", images, columns, scale)
         # Under another name first: a process that is killed here must not leave the next one a part of them.
         spent = self.folder / f".chunks{TEMPORARY}"
         with disk_errors(spent):
@@ -214,11 +215,6 @@ def chosen_classes(wanted: Sequence[int | str], classes: int, names: Sequence[st
     if not wanted:
         return tuple(range(classes))
     return tuple(dict.fromkeys(_label(each, classes, names) for each in wanted))
-
-
-def enlarged(pixels: int) -> int:
-    """The whole factor by which images of this side are shown."""
-    return max(1, VISIBLE // pixels)
 
 
 def _label(wanted: int | str, classes: int, names: Sequence[str]) -> int:

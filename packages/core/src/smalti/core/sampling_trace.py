@@ -8,7 +8,6 @@ Legend: B images, L positions, S streams, H W pixels, h w latent grid.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from smalti.core.data.images import grid, to_uint8
+from smalti.core.data.images import VISIBLE_OF_MANY, enlargement, gif_bytes, grid, to_uint8
 from smalti.core.errors import UserError
 from smalti.core.files import write_bytes
-from smalti.core.sampling_run import SamplingRun, enlarged
+from smalti.core.sampling_run import SamplingRun
 from smalti.core.tokenizer import ComposedTokenizer
 
 IMAGES = 8
@@ -45,10 +44,11 @@ def save_trace(run: SamplingRun, path: Path) -> None:
     run.check_condition()
     indices = torch.arange(min(IMAGES, run.count), device=run.device)
     tokens, steps = run.generator.sample_traced(run.conditions_of(indices), run.settings, indices)
-    frames = [
-        grid(images, min(COLUMNS, len(images)), enlarged(images.shape[1])) for images in pictures(run, tokens, steps)
-    ]
-    write_bytes(path, _gif(frames))
+    shown = pictures(run, tokens, steps)
+    columns, scale = min(COLUMNS, len(indices)), enlargement(shown[0].shape[1:3], VISIBLE_OF_MANY)
+    frames = [Image.fromarray(grid(images, columns, scale)) for images in shown]
+    each = max(20, round(1000 * SECONDS / len(frames)))
+    write_bytes(path, gif_bytes(frames, each, round(1000 * LAST_SECONDS)))
 
 
 def pictures(run: SamplingRun, tokens: Tensor, steps: Tensor) -> list[Picture]:
@@ -95,12 +95,3 @@ def _of_scales(run: SamplingRun, tokens: Tensor, steps: Tensor) -> Callable[[int
         total, _ = tokenizer.quantizer.advance(total, codes, scale)
         latents.append(total.clone())
     return lambda step: to_uint8(tokenizer.decode_latent(latents[step]))
-
-
-def _gif(frames: list[Picture]) -> bytes:
-    images = [Image.fromarray(frame) for frame in frames]
-    each = max(20, round(1000 * SECONDS / len(images)))
-    durations = [each] * (len(images) - 1) + [round(1000 * LAST_SECONDS)]
-    buffer = io.BytesIO()
-    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
-    return buffer.getvalue()

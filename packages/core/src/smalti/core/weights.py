@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from smalti.core.errors import UserError, few
-from smalti.core.files import read_json, write_bytes, write_json
+from smalti.core.files import disk_errors, read_json, write_bytes, write_json
 from smalti.core.options import sentences
 
 CONFIG = "config.json"
@@ -61,15 +61,18 @@ class Pretrained:
         ema: Mapping[str, Tensor] | None = None,
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write configuration and weights.
+        """Write configuration and weights in the place of those that the folder holds.
 
         Args:
-            folder: where to.
+            folder: where to; made where it is missing.
             ema: averaged weights under the same names, to go beside them.
             weights: its own, where the module itself holds only a part of them.
         """
         assert isinstance(self, nn.Module)
         folder = Path(folder)
+        if ema is None:
+            with disk_errors(folder / EMA_WEIGHTS):  # of an earlier save, which would go before these weights
+                (folder / EMA_WEIGHTS).unlink(missing_ok=True)
         save_tensors(folder / WEIGHTS, self.state_dict() if weights is None else weights)
         if ema is not None:
             save_tensors(folder / EMA_WEIGHTS, ema)

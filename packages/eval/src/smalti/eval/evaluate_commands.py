@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from smalti.core.command_arguments import Device
 from smalti.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,14 +26,13 @@ Protocol = Annotated[
 ]
 Changes = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[PATH=VALUE]...", help="Options of the protocol, e.g. extractor.weights=FILE."),
+    typer.Argument(metavar="PATH=VALUE", help="Options of the protocol, e.g. extractor.weights=FILE."),
 ]
 Count = Annotated[int | None, typer.Option(min=1, help="Take only the first images, or draw so many.")]
 Out = Annotated[Path, typer.Option(help="The folder for results and report.")]
 BatchSize = Annotated[
     int, typer.Option(min=1, help="Images taken at once; features may differ by the network's rounding.")
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 
 
 def images(
@@ -162,10 +162,6 @@ def _processes(device: str) -> Iterator[tuple[str, bool, Reporter]]:
     from smalti.core import distributed
     from smalti.core.progress import Reporter
 
-    name = distributed.device_name(device)
-    distributed.initialise(name)
-    try:
+    with distributed.joined(device) as name:
         first = distributed.rank() == 0
         yield name, first, Reporter(quiet=not first)
-    finally:
-        distributed.finish()

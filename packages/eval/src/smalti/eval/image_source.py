@@ -19,7 +19,7 @@ from torch import Tensor
 
 from smalti.core.data.dataset import Content, FilePart
 from smalti.core.data.decode import decode
-from smalti.core.data.listed import DIGITS, class_folders, images_below, is_image
+from smalti.core.data.listed import DIGITS, class_folders, images_below, is_image, is_shard
 from smalti.core.data.parallel import in_order
 from smalti.core.data.picture import Pixels, read_picture
 from smalti.core.errors import UserError
@@ -27,7 +27,6 @@ from smalti.core.options import Preprocessing
 from smalti.eval.npz_images import NpzImages
 
 WORKERS = min(4, os.cpu_count() or 1)
-SHARDS = (".tar", ".tar.gz", ".tgz")
 JPEG = b"\xff\xd8\xff"
 ACCEPTED = "a folder of images, tar shards, or an .npz file of ADM's layout"
 
@@ -214,7 +213,7 @@ def stored_images(path: str, preprocessing: Preprocessing | None = None, count: 
     """The images at `path`, whatever holds them; errors as the classes here."""
     if path.endswith(".npz"):
         return NpzSource(path, preprocessing.image_size if preprocessing else None, count)
-    if not Path(path).is_dir() and not path.endswith(SHARDS):
+    if not Path(path).is_dir() and not is_shard(path):
         known = "is a file" if Path(path).is_file() else "does not exist"
         raise UserError(f"{path} {known}, expected {ACCEPTED}")
     return FileImages(path, preprocessing, count)

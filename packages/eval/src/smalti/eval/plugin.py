@@ -45,7 +45,9 @@ def smalti_register() -> Iterator[Component]:
     yield Component("features", "dinov2", f"{transformers}:DINOv2Options", "DINOv2's class token, for FD-DINOv2")
     yield Component("features", "clip", f"{transformers}:CLIPOptions", "CLIP's image embedding, for CMMD")
     commands = "smalti.eval.evaluate_commands"
-    yield Component("command", "evaluate images", f"{commands}:images", "measure images against others, with a report")
-    yield Component("command", "evaluate tokens", f"{commands}:tokens", "measure the use of codes and bits of an image")
-    yield Component("command", "evaluate stats", f"{commands}:stats", "write the statistics of a reference")
-    yield Component("command", "evaluate compare", f"{commands}:compare", "set two results side by side")
+    yield Component("command", "evaluate images", f"{commands}:images", "Measure images against others, with a report.")
+    yield Component(
+        "command", "evaluate tokens", f"{commands}:tokens", "Measure the use of codes and bits of an image."
+    )
+    yield Component("command", "evaluate stats", f"{commands}:stats", "Write the statistics of a reference.")
+    yield Component("command", "evaluate compare", f"{commands}:compare", "Set two results side by side.")

@@ -1,4 +1,4 @@
-"""Images out to files: floats to bytes, and PNG pictures of one image or of many in a grid.
+"""Images out to files: floats to bytes, PNG pictures of one image or of many in a grid, and animations.
 
 Legend: N images, C channels, H W pixels.
 """
@@ -6,6 +6,7 @@ Legend: N images, C channels, H W pixels.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from smalti.core.errors import UserError
 from smalti.core.files import write_bytes
 
 GAP = 2
+VISIBLE = 128  # pixels: smaller images are enlarged in pictures by whole factors
+VISIBLE_OF_MANY = 64  # the same, where a picture shows many
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -65,3 +68,16 @@ def grid(images: NDArray[Any] | Tensor, columns: int, scale: int = 1) -> NDArray
 def save_grid(path: str | Path, images: NDArray[Any] | Tensor, columns: int, scale: int = 1) -> None:
     """Write `grid(images, columns, scale)` as a PNG file, whole or not at all."""
     write_bytes(path, png_bytes(grid(images, columns, scale)))
+
+
+def enlargement(sides: Sequence[int], visible: int = VISIBLE) -> int:
+    """The whole factor by which images of H x W pixels are enlarged, so that neither exceeds `visible`; 1 at least."""
+    return max(1, visible // max(sides))
+
+
+def gif_bytes(frames: Sequence[Image.Image], milliseconds: int, last_milliseconds: int) -> bytes:
+    """Frames as an endless GIF, each shown for so long, and the last one for its own time."""
+    durations = [milliseconds] * (len(frames) - 1) + [last_milliseconds]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    return buffer.getvalue()

@@ -14,6 +14,7 @@ from smalti.core.errors import UserError
 
 DIGITS = 7  # of the number of a class
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
 class ListedImages(IndexedDataset):
@@ -107,6 +108,11 @@ def images_below(folder: Path) -> list[str]:
 def is_image(name: str) -> bool:
     """Whether a file's ending is that of an image."""
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file's ending is that of a tar shard, plain or compressed."""
+    return name.lower().endswith(SHARD_SUFFIXES)
 
 
 def class_folders(folder: Path) -> list[str]:

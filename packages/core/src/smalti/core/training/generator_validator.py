@@ -16,7 +16,7 @@ from torch import Tensor
 from smalti.core import distributed
 from smalti.core.contracts import Generator, Tokenizer
 from smalti.core.data.dataset import ImageDataset
-from smalti.core.data.images import grid, png_bytes, to_uint8
+from smalti.core.data.images import enlargement, grid, png_bytes, to_uint8
 from smalti.core.data.loader import read_images
 from smalti.core.errors import UserError
 from smalti.core.files import write_bytes
@@ -25,7 +25,7 @@ from smalti.core.run_folder import RunFolder
 from smalti.core.training.options import GeneratorValidation
 from smalti.core.training.sharding import is_sharded, whole
 from smalti.core.training.trackers import Trackers
-from smalti.core.training.validator import VISIBLE, replaced
+from smalti.core.training.validator import replaced
 
 PICTURES = "drawn"
 COLUMNS = 5
@@ -179,7 +179,7 @@ class GeneratorValidator:
         images = to_uint8(self.tokenizer.decode(tokens, self.generator.token_layout)).cpu()
         if distributed.rank() != 0:
             return
-        picture = grid(images, min(COLUMNS, count), max(1, VISIBLE // max(images.shape[1:3])))
+        picture = grid(images, min(COLUMNS, count), enlargement(images.shape[1:3]))
         write_bytes(self.run / PICTURES / f"{step:08d}.png", png_bytes(picture))
         if trackers is not None:
             trackers.show("samples", picture, step)

@@ -21,7 +21,7 @@ from smalti.core import distributed
 from smalti.core.autoencoder import Autoencoder
 from smalti.core.contracts import Features, Tokenizer
 from smalti.core.data.dataset import ImageDataset
-from smalti.core.data.images import grid, png_bytes, to_uint8
+from smalti.core.data.images import enlargement, grid, png_bytes, to_uint8
 from smalti.core.data.loader import Batch, IndexedBatch, read_images
 from smalti.core.errors import UserError
 from smalti.core.files import write_bytes, write_json
@@ -37,7 +37,6 @@ from smalti.core.training.trackers import Trackers
 
 PICTURES = "images"
 PAIRS_OF_A_ROW = 4
-VISIBLE = 128  # pixels: smaller images are enlarged in pictures by whole factors
 
 
 class Findings(NamedTuple):
@@ -205,7 +204,7 @@ class Validator:
 
     def _show(self, pairs: Tensor, step: int, trackers: Trackers | None) -> None:
         """Pairs uint8 `(N, 2, H, W, 3)`, images beside their reconstructions."""
-        scale = max(1, VISIBLE // max(pairs.shape[2:4]))
+        scale = enlargement(pairs.shape[2:4])
         picture = grid(pairs.flatten(0, 1), 2 * min(PAIRS_OF_A_ROW, len(pairs)), scale)
         write_bytes(self.run / PICTURES / f"{self.stage}-{step:08d}.png", png_bytes(picture))
         if trackers is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from smalti.core.command_arguments import Device, interruptible
 from smalti.core.errors import UserError
 
 
@@ -34,13 +34,13 @@ def fit(
     tuning_steps: Annotated[int, typer.Option(min=0, help="Updates with rounded numbers, with --bits.")] = 200,
     gif: Annotated[bool, typer.Option("--gif", help="Keep an animation of the fit.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of where the Gaussians begin.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Fit one picture with 2-D Gaussians; write them, the rendering, their ellipses and the PSNR."""
     if find_spec("PIL") is None:
         raise UserError("fit: reading images needs the extra smalti-gaussian[fit], which is not installed")
 
-    from smalti.core.distributed import device_name
+    from smalti.core.distributed import chosen_device
     from smalti.core.progress import Reporter
     from smalti.gaussian.fitting.fit import FitOptions
     from smalti.gaussian.fitting.folder import FitFolder, Wanted
@@ -48,11 +48,8 @@ def fit(
     from smalti.gaussian.fitting.quantized import parsed_bits
 
     wanted = Wanted(scale, parsed_bits(bits) if bits else None, tuning_steps, gif)
-    pixels = read_image(image, size).to(device_name(device))
+    pixels = read_image(image, size).to(chosen_device(device))
     folder = FitFolder(out, pixels, FitOptions(gaussians=gaussians, steps=steps, seed=seed), wanted, Reporter())
-    try:
+    with interruptible():
         for line in folder.run():
             typer.echo(line)
-    except KeyboardInterrupt:
-        print("smalti: interrupted; the same command goes on from here", file=sys.stderr)  # noqa: T201
-        raise typer.Exit(130) from None

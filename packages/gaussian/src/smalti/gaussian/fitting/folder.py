@@ -12,7 +12,6 @@ state.safetensors       while it is under way: all it needs to go on; frames/, p
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import shutil
 import time
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from smalti.core.data.images import png_bytes
+from smalti.core.data.images import gif_bytes, png_bytes
 from smalti.core.errors import UserError
 from smalti.core.files import TEMPORARY, disk_errors, write_bytes, write_json
 from smalti.core.progress import Reporter
@@ -225,10 +224,7 @@ class FitFolder:
         for path in sorted((self.path / FRAMES).glob("*.png")):
             with Image.open(path) as file:
                 frames.append(file.convert("RGB").quantize(256))
-        durations = [FRAME_MILLISECONDS] * (len(frames) - 1) + [LAST_MILLISECONDS]
-        buffer = io.BytesIO()
-        frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
-        write_bytes(self.path / "fit.gif", buffer.getvalue())
+        write_bytes(self.path / "fit.gif", gif_bytes(frames, FRAME_MILLISECONDS, LAST_MILLISECONDS))
 
 
 @torch.no_grad()
