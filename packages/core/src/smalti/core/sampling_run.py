@@ -16,14 +16,13 @@ Legend: N images, H W pixels.
 from __future__ import annotations
 
 import difflib
-import io
 import re
 import shutil
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from smalti.core import distributed
 from smalti.core.contracts import Generator, Tokenizer
+from smalti.core.data.array_file import array_bytes
 from smalti.core.data.images import VISIBLE_OF_MANY, enlargement, save_grid, to_uint8
 from smalti.core.errors import UserError, few
 from smalti.core.files import TEMPORARY, atomic_write, disk_errors, read_json, write_bytes, write_json
@@ -103,7 +103,7 @@ class SamplingRun:
                 images = self.images(chunks[chunk]).cpu().numpy()
                 if self.options.files is not None:
                     self._write_files(chunks[chunk].tolist(), images)
-                write_bytes(self._chunk(chunk), _npy(images))
+                write_bytes(self._chunk(chunk), array_bytes(images))
                 advance(len(images))
         distributed.barrier()
         if distributed.rank() == 0:
@@ -185,7 +185,7 @@ class SamplingRun:
                 _write_header(member, (self.count, *first.shape[1:]), first.dtype)
                 for chunk in chunks:
                     member.write(np.load(chunk).tobytes())
-            archive.writestr(zipfile.ZipInfo("arr_1.npy"), _npy(labels))
+            archive.writestr(zipfile.ZipInfo("arr_1.npy"), array_bytes(labels))
         rows = min(len(self.labels), GRID_ROWS, self.count)
         columns = max(1, min(self.options.grid_columns, self.count // len(self.labels)))
         wanted = [column * len(self.labels) + row for row in range(rows) for column in range(columns)]
@@ -235,13 +235,6 @@ def _label(wanted: int | str, classes: int, names: Sequence[str]) -> int:
     close = [lower[name] for name in difflib.get_close_matches(wanted.lower(), lower, n=3, cutoff=0.6)]
     told = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {few(names, 10)}"
     raise UserError(f"sample.classes: no class is called {wanted!r}; {told}")
-
-
-def _npy(array: NDArray[Any]) -> bytes:
-    """The bytes of a `.npy` file; numpy's own writing to a file loses the reason where a disk is full."""
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
 
 
 def _write_header(member: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> None:

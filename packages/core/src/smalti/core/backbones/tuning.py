@@ -56,12 +56,17 @@ def tune(backbone: nn.Module, options: TuningOptions) -> None:
         for name, module in backbone.named_modules()
         if isinstance(module, nn.Linear) and module.weight.requires_grad
     ]
-    backbone.requires_grad_(False)
     if options.tuning == "lora":
+        backbone.requires_grad_(False)
         _add_adapters(backbone, trained, options.lora)
     else:
-        backbone.eval()
-        backbone.train = partial(_stay, backbone)  # type: ignore[method-assign]
+        keep_frozen(backbone)
+
+
+def keep_frozen(module: nn.Module) -> None:
+    """Take all weights of `module` out of training, in place, and keep it in evaluation mode from now on."""
+    module.requires_grad_(False).eval()
+    module.train = partial(_stay, module)  # type: ignore[method-assign]
 
 
 def _stay(module: nn.Module, mode: bool = True) -> nn.Module:  # as nn.Module.train has it

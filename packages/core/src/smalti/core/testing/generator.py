@@ -156,7 +156,6 @@ class GeneratorContract:
         with pytest.raises(UserError, match=f"label {self.classes} is out of range"):
             generator.loss(self.tokens(2), labels)
 
-    @pytest.mark.slow
     def test_replicas_never_diverge(self) -> None:
         first, second = run_in_processes(_replica, self.options, self.layout, self.classes)
         for name in first:

@@ -129,7 +129,6 @@ class QuantizerContract:
         with pytest.raises(UserError, match=str(layout.vocab[0])):
             quantizer.decode(tokens, self.space)
 
-    @pytest.mark.slow
     def test_replicas_never_diverge(self) -> None:
         first, second = run_in_processes(_replica, self.options, self.space)
         assert first.keys() == second.keys()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-
-from torch import nn
 
 from smalti.core.autoencoder import Autoencoder
+from smalti.core.backbones.tuning import keep_frozen
 from smalti.core.contracts import Tokenizer
 from smalti.core.errors import UserError
 from smalti.core.training.start import no_such_part
@@ -27,15 +25,8 @@ def freeze(model: Tokenizer | Autoencoder, names: Sequence[str]) -> None:
         if name in weights:
             weights[name].requires_grad_(False)
         elif name in modules and name:
-            module = modules[name]
-            module.requires_grad_(False).eval()
-            module.train = partial(_stay, module)
+            keep_frozen(modules[name])
         else:
             raise no_such_part([*modules, *weights], name, f"{option}: the recipe's {model.kind}")
     if not any(weight.requires_grad for weight in weights.values()):
         raise UserError(f"{option}: {', '.join(names)} leave nothing to train")
-
-
-def _stay(module: nn.Module, mode: bool = True) -> nn.Module:  # as nn.Module.train has it
-    del mode
-    return module
