@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from smalti.core.commands.models import reconstruct
 from smalti.core.contracts import Generator, Tokenizer
-from smalti.core.model_commands import reconstruct
 from smalti.core.pipeline import Pipeline
 from smalti.core.progress import Reporter
 from smalti.core.recipe import load_recipe

@@ -16,7 +16,7 @@ import torch
 
 from smalti.core.data.images import to_uint8
 from smalti.core.recipe import load_recipe
-from smalti.core.sampling_memory import sampling_memory
+from smalti.core.sampling.memory import sampling_memory
 from smalti.core.sampling_settings import SamplingSettings
 
 

@@ -6,8 +6,8 @@ import torch
 from smalti.core.backbones.cnn import CNNDecoderOptions, CNNEncoderOptions
 from smalti.core.options import Preprocessing
 from smalti.core.recipe import SampleSection
-from smalti.core.sampling_run import SamplingRun
-from smalti.core.sampling_trace import pictures
+from smalti.core.sampling.run import SamplingRun
+from smalti.core.sampling.trace import pictures
 from smalti.core.tokenizer import ComposedOptions
 from smalti.generation.var import VAROptions
 from smalti.quant.multi_scale import MultiScaleOptions

@@ -29,12 +29,12 @@ class Room(NamedTuple):
 ROOMS = {
     "command line": Room(
         40, 60, 500, 56, "cli.py, one module for each group of commands",
-        "cli plugin_commands compare_command data_commands evaluate_command model_commands probe_command",
+        "cli commands",
     ),
     "pipeline": Room(
         130, 150, 320, 56, "recipes, run folders, stages, sampling",
-        "pipeline stage stages run_folder recipe recipes sampling_run sampling_memory sampling_trace shrink "
-        "sampling_pretrained class_names random_networks compare compare_report step_time reconstruct probe",
+        "pipeline stage stages run_folder recipe recipes sampling shrink "
+        "class_names random_networks compare compare_report step_time reconstruct probe",
     ),
     "training": Room(
         160, 250, 170, 56, "loop, losses, discriminators", "training losses discriminators"
@@ -48,7 +48,7 @@ ROOMS = {
     BASE: Room(
         40, 450, 500, 56, "options, layouts, plugins, weights, noise, the contracts and their tests",
         "contracts options layout plugins plugin errors files weights noise distributed sampling_settings metrics "
-        "codebook_health overrides progress testing captions frechet matmul command_arguments",
+        "codebook_health overrides progress testing captions frechet matmul",
     ),
 }  # fmt: skip
 SIBLINGS = {

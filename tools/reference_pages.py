@@ -20,9 +20,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from smalti.core.cli import app
-from smalti.core.evaluate_command import RECIPE
+from smalti.core.commands.evaluate import RECIPE
+from smalti.core.commands.plugins import PluginCommand
 from smalti.core.options import ComponentOptions, Slot
-from smalti.core.plugin_commands import PluginCommand
 from smalti.core.plugins import KINDS, registry
 from smalti.core.recipe import Recipe
 

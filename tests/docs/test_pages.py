@@ -33,8 +33,8 @@ import yaml
 from hatchling.builders.wheel import WheelBuilder
 from typer.testing import CliRunner
 
-from smalti.core import compare_command
 from smalti.core.checkpoints import zoo
+from smalti.core.commands import compare as compare_command
 from smalti.core.plugins import KINDS, registry
 from smalti.core.recipe import Recipe, find_recipe, load_recipe, merged, read_recipes
 from smalti.core.shrink import shrunk

@@ -8,9 +8,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from smalti.core import files, model_commands
+from smalti.core import files
 from smalti.core.checkpoints.importing import export_checkpoint, export_file
 from smalti.core.cli import app
+from smalti.core.commands import models
 from smalti.core.contracts import Tokenizer
 from smalti.core.errors import UserError
 from smalti.core.recipe import load_recipe
@@ -131,7 +132,7 @@ def test_a_full_disk(file, tmp_path, monkeypatch, code, sentence):
     monkeypatch.setattr(files.os, "fsync", full)
     before = left(tmp_path)
     with pytest.raises(UserError, match=sentence):
-        model_commands.import_model(str(file), tmp_path / "ours")
+        models.import_model(str(file), tmp_path / "ours")
     assert left(tmp_path) == before
 
 
@@ -141,7 +142,7 @@ def test_an_interruption_leaves_nothing(file, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Tokenizer, "save_pretrained", stop)
     with pytest.raises(KeyboardInterrupt):
-        model_commands.import_model(str(file), tmp_path / "ours")
+        models.import_model(str(file), tmp_path / "ours")
     assert left(tmp_path) == []
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from smalti.core import model_commands
+from smalti.core.commands import models
 from smalti.core.data.images import GAP
 from smalti.core.errors import UserError
 from smalti.core.layout import TokenLayout
@@ -147,7 +147,7 @@ def test_a_size_that_the_architecture_cannot_take(tokenizer, pictures, tmp_path)
 def test_what_is_no_image(saved, pictures, tmp_path, monkeypatch):
     def told(source):
         with pytest.raises(UserError) as caught:
-            model_commands.reconstruct([source], "tokenizer", tmp_path / "out")
+            models.reconstruct([source], "tokenizer", tmp_path / "out")
         assert not [path for path in tmp_path.iterdir() if "out" in path.name]
         return str(caught.value)
 

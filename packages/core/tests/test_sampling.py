@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from smalti.core import sampling_run
 from smalti.core.captions import CaptionOptions, read_prompts
 from smalti.core.class_names import class_names, read_classes
 from smalti.core.cli import app
@@ -19,11 +18,12 @@ from smalti.core.options import GeneratorOptions
 from smalti.core.progress import Reporter
 from smalti.core.recipe import Recipe, SampleSection
 from smalti.core.run_folder import RunFolder
-from smalti.core.sampling_memory import SamplingMemory, free_memory, sampling_memory
-from smalti.core.sampling_pretrained import sample_pretrained, section
-from smalti.core.sampling_run import SamplingRun, chosen_classes
+from smalti.core.sampling import run as sampling_run
+from smalti.core.sampling.memory import SamplingMemory, free_memory, sampling_memory
+from smalti.core.sampling.pretrained import sample_pretrained, section
+from smalti.core.sampling.run import SamplingRun, chosen_classes
+from smalti.core.sampling.trace import FRAMES, pictures, save_trace, shown_steps
 from smalti.core.sampling_settings import SamplingSettings
-from smalti.core.sampling_trace import FRAMES, pictures, save_trace, shown_steps
 
 NAMES = ("T-shirt/top", "Sneaker", "Bag")
 QUIET = Reporter(quiet=True)
@@ -223,7 +223,7 @@ def test_a_batch_that_does_not_fit_is_told_before_the_run(run_with, monkeypatch)
 
 
 def test_what_files_have_cached_is_free_in_a_container_too(tmp_path, monkeypatch):
-    monkeypatch.setattr("smalti.core.sampling_memory.GROUP", tmp_path)
+    monkeypatch.setattr("smalti.core.sampling.memory.GROUP", tmp_path)
     (tmp_path / "memory.max").write_text("max\n")
     everything = free_memory("cpu")
     (tmp_path / "memory.max").write_text("1000\n")

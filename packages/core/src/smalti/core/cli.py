@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smalti.core.command_arguments import Device, Force, Overrides, interruptible, with_seed
-from smalti.core.compare_command import run_compare
-from smalti.core.data_commands import add_data_commands
+from smalti.core.commands.arguments import Device, Force, Overrides, interruptible, with_seed
+from smalti.core.commands.compare import run_compare
+from smalti.core.commands.data import add_data_commands
+from smalti.core.commands.evaluate import RECIPE, EvaluateGroup
+from smalti.core.commands.models import add_model_commands
+from smalti.core.commands.plugins import GroupWithPlugins
+from smalti.core.commands.probe import run_probe
 from smalti.core.errors import UserError
-from smalti.core.evaluate_command import RECIPE, EvaluateGroup
-from smalti.core.model_commands import add_model_commands
-from smalti.core.plugin_commands import GroupWithPlugins
 from smalti.core.plugins import PluginWarning, registry
-from smalti.core.probe_command import run_probe
 
 if TYPE_CHECKING:
     from smalti.core.progress import Reporter
@@ -142,7 +142,7 @@ def sample(
         if force or shrink:
             raise UserError("sample: --force and --shrink go with a recipe, not with --generator and --tokenizer")
         from smalti.core.captions import read_prompts
-        from smalti.core.sampling_pretrained import sample_pretrained, section
+        from smalti.core.sampling.pretrained import sample_pretrained, section
 
         with interruptible():
             sample_pretrained(
@@ -314,7 +314,7 @@ def _shrunk(recipe: Recipe, folder: RunFolder, reporter: Reporter) -> Recipe:
 
 
 def _trace(context: Context) -> None:
-    from smalti.core.sampling_trace import save_trace
+    from smalti.core.sampling.trace import save_trace
     from smalti.core.stages.sample import Sample
 
     save_trace(Sample(context).sampling(), context.run / "samples" / "trace.gif")

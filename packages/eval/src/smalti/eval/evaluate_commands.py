@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smalti.core.command_arguments import Device
+from smalti.core.commands.arguments import Device
 from smalti.core.errors import UserError
 
 if TYPE_CHECKING:

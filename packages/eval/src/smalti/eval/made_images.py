@@ -15,7 +15,7 @@ from smalti.core.contracts import Tokenizer
 from smalti.core.data.images import to_uint8
 from smalti.core.errors import UserError
 from smalti.core.recipe import load_recipe
-from smalti.core.sampling_run import LARGEST_BATCH
+from smalti.core.sampling.run import LARGEST_BATCH
 from smalti.core.stages.sample import sampling_of
 from smalti.core.weights import fingerprint
 from smalti.eval.image_source import ImageBatch, ImageSource

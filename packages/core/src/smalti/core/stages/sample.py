@@ -8,13 +8,13 @@ from smalti.core.class_names import read_trained_on
 from smalti.core.contracts import Generator, Tokenizer
 from smalti.core.errors import UserError
 from smalti.core.recipe import Recipe
-from smalti.core.sampling_run import SamplingRun, chosen_classes
+from smalti.core.sampling.run import SamplingRun, chosen_classes
 from smalti.core.stage import Stage
 from smalti.core.weights import fingerprint
 
 
 class Sample(Stage):
-    """Draws images of classes in turn; writes `samples/`, see `smalti.core.sampling_run`."""
+    """Draws images of classes in turn; writes `samples/`, see `smalti.core.sampling.run`."""
 
     name = "sample"
     sections = ("seed", "sample")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from smalti.core.command_arguments import Device, interruptible
+from smalti.core.commands.arguments import Device, interruptible
 from smalti.core.errors import UserError
 
 

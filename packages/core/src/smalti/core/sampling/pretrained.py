@@ -19,8 +19,8 @@ from smalti.core.overrides import apply_override, differences
 from smalti.core.progress import Reporter
 from smalti.core.recipe import SampleSection
 from smalti.core.run_folder import RunFolder
-from smalti.core.sampling_run import SamplingRun, chosen_classes
-from smalti.core.sampling_trace import save_trace
+from smalti.core.sampling.run import SamplingRun, chosen_classes
+from smalti.core.sampling.trace import save_trace
 from smalti.core.text_encoder import caption_features
 from smalti.core.weights import fingerprint
 

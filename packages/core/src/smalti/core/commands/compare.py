@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from smalti.core.command_arguments import Device, Force, interruptible, with_seed
+from smalti.core.commands.arguments import Device, Force, interruptible, with_seed
 from smalti.core.errors import UserError
 
 

@@ -39,7 +39,7 @@ from smalti.core.files import TEMPORARY, atomic_write, disk_errors, read_json, w
 from smalti.core.noise import mixed_seed
 from smalti.core.progress import Reporter
 from smalti.core.recipe import SampleSection
-from smalti.core.sampling_memory import free_memory, mebibytes, sampling_memory
+from smalti.core.sampling.memory import free_memory, mebibytes, sampling_memory
 from smalti.core.sampling_settings import SamplingSettings
 
 LARGEST_BATCH = 64

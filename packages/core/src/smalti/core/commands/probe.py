@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from smalti.core.command_arguments import Device, Overrides
+from smalti.core.commands.arguments import Device, Overrides
 from smalti.core.errors import UserError
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from smalti.core.plugin_commands import GroupWithPlugins
+from smalti.core.commands.plugins import GroupWithPlugins
 
 RECIPE = "recipe"
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from smalti.core.data.images import VISIBLE_OF_MANY, enlargement, gif_bytes, grid, to_uint8
 from smalti.core.errors import UserError
 from smalti.core.files import write_bytes
-from smalti.core.sampling_run import SamplingRun
+from smalti.core.sampling.run import SamplingRun
 from smalti.core.tokenizer import ComposedTokenizer
 
 IMAGES = 8
