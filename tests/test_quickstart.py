@@ -49,3 +49,15 @@ def test_a_quickstart_without_figures_tells_what_there_is(finished, smalti, shru
         (smalti.folder / "run" / name).unlink()
     stdout, _ = smalti("quickstart", *shrunk, "evaluate=null", "--out", "run", "--force")
     assert stdout == "samples: run/samples/grid.png\n"
+
+
+def test_each_command_tells_where_its_results_are(finished, smalti):
+    shutil.copytree(finished, smalti.folder / "run")
+    told = {command: smalti(*command.split(), "run")[0] for command in ("run", "tokenize", "sample", "evaluate")}
+    figures, report, samples = "psnr ", "report:  run/report.html\n", "samples: run/samples/grid.png\n"
+    assert told["run"].startswith(figures)
+    assert told["run"].endswith(samples + report)
+    assert told["evaluate"].startswith(figures)
+    assert told["evaluate"].endswith(report)
+    assert samples not in told["evaluate"]
+    assert (told["tokenize"], told["sample"]) == ("", samples)

@@ -42,6 +42,7 @@ def test_all_are_listed_and_none_is_imported(call):
     assert done.stderr == ("smalti: warning: the command 'evaluate recipe' of a plugin is hidden by smalti's own\n")
     listed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("│ ") and "--help" not in line]
     assert [word for word in listed if word in ("recipe", "shout", "cry")] == ["recipe", "cry", "shout"]
+    assert "shout" not in call("--help").stdout  # they are of the group alone
 
 
 def test_a_command_of_a_plugin_runs(call):

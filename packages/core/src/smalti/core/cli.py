@@ -179,15 +179,7 @@ def quickstart(
     force: Force = False,
 ) -> None:
     """Do the main job on embedded data: images to tokens to new images, with a report."""
-    folder = _run_stages("quickstart", overrides, out, device, seed, force=force)
-    if folder is None:
-        return
-    if (summary := folder / "summary.json").exists():
-        figures = json.loads(summary.read_text())
-        typer.echo(", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    for title, name in (("samples", "samples/grid.png"), ("report", "report.html")):
-        if (folder / name).exists():
-            typer.echo(f"{title + ':':8} {folder / name}")
+    _run_stages("quickstart", overrides, out, device, seed, force=force)
 
 
 @app.command()
@@ -270,8 +262,8 @@ def _run_stages(
     shrink: bool = False,
     stage: str | None = None,
     then: Callable[[Context], None] | None = None,
-) -> Path | None:
-    """Run one stage of a recipe, or all of them, and on the first process `then`; its run folder, there only."""
+) -> None:
+    """Run one stage of a recipe, or all of them, and on the first process `then`, and tell where the results are."""
     from smalti.core.recipe import load_recipe
     from smalti.core.run_folder import RunFolder
 
@@ -296,9 +288,20 @@ def _run_stages(
             distributed.barrier()
             context = Context(folder, recipe, device, reporter)
             Pipeline(context).run([stage] if stage else None)
-            if then is not None and first:
-                then(context)
-        return out if first else None
+            if first:
+                if then is not None:
+                    then(context)
+                _tell_results(out, stage)
+
+
+def _tell_results(run: Path, stage: str | None) -> None:
+    """Print the figures of a run and where to look, of what a stage made, or all of them."""
+    if stage in (None, "evaluate") and (summary := run / "summary.json").exists():
+        figures = json.loads(summary.read_text())
+        typer.echo(", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    for maker, title, name in (("sample", "samples", "samples/grid.png"), ("evaluate", "report", "report.html")):
+        if stage in (None, maker) and (run / name).exists():
+            typer.echo(f"{title + ':':8} {run / name}")
 
 
 def _shrunk(recipe: Recipe, folder: RunFolder, reporter: Reporter) -> Recipe:

@@ -23,14 +23,16 @@ class GroupWithPlugins(TyperGroup):
     """Core's own commands, and behind them those of the registry; one of core's is never replaced.
 
     Attributes:
-        prefix: what the names of plugins' commands in this group begin with, in the registry.
+        prefix: the words, with a space behind them, that the names of plugins' commands in this group begin with in
+            the registry.
     """
 
     prefix: ClassVar[str] = ""
 
     def brought(self) -> list[str]:
-        """The commands in this group that plugins bring, by their names here."""
-        return [name.removeprefix(self.prefix) for name in registry().names(KIND) if name.startswith(self.prefix)]
+        """The commands in this group that plugins bring, by their names here; those of groups in it are not."""
+        names = (name.removeprefix(self.prefix) for name in registry().names(KIND) if name.startswith(self.prefix))
+        return [name for name in names if " " not in name]
 
     def list_commands(self, ctx: Any) -> list[str]:
         """All names, core's first."""
