@@ -1,11 +1,15 @@
+import re
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from smalti.core import recipe as recipe_module
 from smalti.core.errors import UserError
 from smalti.core.overrides import differences
+from smalti.core.plugins import PluginWarning
 from smalti.core.recipe import dump_recipe, load_recipe, merged
 
 
@@ -237,3 +241,21 @@ def test_values_that_are_vast_are_shown_in_short(recipe):
     sentence = told(recipe)
     assert sentence.startswith(f"recipe {recipe}: ")
     assert len(sentence) < 1500
+
+
+def test_a_recipe_that_another_plugin_hides(tmp_path, monkeypatch):
+    class Two:
+        def names(self, kind):
+            return ["first", "second"]
+
+        def load(self, kind, name):
+            return SimpleNamespace(__path__=[str(tmp_path / name)])
+
+    for folder in Two().names("recipes"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.yaml").write_text("name: mine")
+    monkeypatch.setattr(recipe_module, "registry", Two)
+    first, second = (tmp_path / folder / "mine.yaml" for folder in ("first", "second"))
+    sentence = f"recipe 'mine' of {second} is hidden by the one of {first}"
+    with pytest.warns(PluginWarning, match=f"^{re.escape(sentence)}$"):
+        assert recipe_module.shipped_recipes() == {"mine": first}

@@ -89,7 +89,7 @@ class Plugin:
 
 
 class PluginWarning(UserWarning):
-    """A plugin could not be loaded; the rest works."""
+    """A plugin could not be loaded, or something of it is hidden; the rest works."""
 
 
 class Registry:

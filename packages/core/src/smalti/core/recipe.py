@@ -20,6 +20,7 @@ A recipe may be made of two others, of the tokenizer of one and the generator of
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -44,7 +45,7 @@ from smalti.core.options import (
     sentences,
 )
 from smalti.core.overrides import apply_override
-from smalti.core.plugins import registry
+from smalti.core.plugins import PluginWarning, registry
 from smalti.core.published_tokenizer import PublishedTokenizerOptions
 from smalti.core.sampling_settings import SamplingSettings
 from smalti.core.training.options import GeneratorTraining, TokenizerTraining
@@ -354,12 +355,18 @@ def published(content: Data) -> Data:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that plugins bring (kind `recipes`: a module whose folder holds their files), with their files."""
-    found = {}
+    """The recipes that plugins bring (kind `recipes`: a module whose folder holds their files), with their files.
+
+    Of two that have one name the first is taken, and the other is told in a `PluginWarning`.
+    """
+    found: dict[str, Path] = {}
     for plugin in registry().names("recipes"):
         for folder in registry().load("recipes", plugin).__path__:
             for path in sorted(Path(folder).glob("*.yaml")):
-                found.update({name or path.stem: path for name in read_recipes(path)})
+                for name in (name or path.stem for name in read_recipes(path)):
+                    if found.setdefault(name, path) != path:
+                        sentence = f"recipe {name!r} of {path} is hidden by the one of {found[name]}"
+                        warnings.warn(sentence, PluginWarning, stacklevel=2)
     return found
 
 
