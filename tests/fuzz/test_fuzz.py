@@ -23,7 +23,7 @@ def test_readers_of_mutated_files(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(out.read_text())
-    assert len(results) == 19
+    assert len(results) == 20
     assert {name: result["inputs"] for name, result in results.items()} == dict.fromkeys(results, INPUTS)
     findings = {name: result["findings"] for name, result in results.items() if result["findings"]}
     assert not findings, json.dumps(findings, indent=2)
@@ -49,7 +49,7 @@ sys.path.insert(0, sys.argv[1])
 import worker
 from smalti.core.errors import UserError
 
-worker.SECONDS, worker.WAITING = 1.0, 4.0
+worker.SECONDS, worker.WAITING = 3.0, 6.0
 
 def found(mistake):
     def read(folder):
