@@ -204,6 +204,7 @@ def test_versions_are_found_however_names_are_spelt(monkeypatch):
     spelt = {"Pillow": "12", "torch_fidelity": "0.4", "vector-quantize-pytorch": "1", "left-out": "3"}
     found = [SimpleNamespace(metadata={"Name": name}, version=version) for name, version in spelt.items()]
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: found)
+    monkeypatch.setattr(comparison, "_cuda", lambda: None)  # which imports torch, which asks for them
     told = {"cpu": {}, "python_version": "3.11"}
     comparison.pytest_benchmark_update_machine_info(told)
     assert told["smalti"]["versions"] == {
